@@ -1,0 +1,196 @@
+/* AVX-512 F, DQ, BW, VL: 16 floats or 8 doubles, 32 registers. */
+#include "../mha.h"
+#include "vocabulary.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#endif
+#include <immintrin.h>
+
+#define NV 4
+#define ROWS(nv) ((nv) == 4 ? 6 : 8)
+
+#define REAL float
+#define SUFFIX f32
+#define VLEN 16
+typedef __m512 vec;
+
+static ALWAYS_INLINE vec v_load(const float *p)
+{
+    return _mm512_loadu_ps(p);
+}
+static ALWAYS_INLINE void v_store(float *p, vec a)
+{
+    _mm512_storeu_ps(p, a);
+}
+static ALWAYS_INLINE vec v_load_n(const float *p, int n)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+static ALWAYS_INLINE void v_store_n(float *p, vec a, int n)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a);
+}
+static ALWAYS_INLINE vec v_set1(float x)
+{
+    return _mm512_set1_ps(x);
+}
+static ALWAYS_INLINE vec v_add(vec a, vec b)
+{
+    return _mm512_add_ps(a, b);
+}
+static ALWAYS_INLINE vec v_sub(vec a, vec b)
+{
+    return _mm512_sub_ps(a, b);
+}
+static ALWAYS_INLINE vec v_mul(vec a, vec b)
+{
+    return _mm512_mul_ps(a, b);
+}
+static ALWAYS_INLINE vec v_div(vec a, vec b)
+{
+    return _mm512_div_ps(a, b);
+}
+static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+static ALWAYS_INLINE vec v_max(vec a, vec b)
+{
+    return _mm512_max_ps(a, b);
+}
+static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
+}
+static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+static ALWAYS_INLINE vec v_pow2(vec t)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
+}
+static ALWAYS_INLINE void v_transpose(vec *v)
+{
+    vec w[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        w[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        w[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) { /* v[i + c]: column c + 4 * (128-bit lane), rows i.. */
+        v[i] = _mm512_shuffle_ps(w[i], w[i + 2], 0x44);
+        v[i + 1] = _mm512_shuffle_ps(w[i], w[i + 2], 0xee);
+        v[i + 2] = _mm512_shuffle_ps(w[i + 1], w[i + 3], 0x44);
+        v[i + 3] = _mm512_shuffle_ps(w[i + 1], w[i + 3], 0xee);
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        w[c] = _mm512_shuffle_f32x4(v[c], v[c + 4], 0x88);
+        w[c + 4] = _mm512_shuffle_f32x4(v[c], v[c + 4], 0xdd);
+        w[c + 8] = _mm512_shuffle_f32x4(v[c + 8], v[c + 12], 0x88);
+        w[c + 12] = _mm512_shuffle_f32x4(v[c + 8], v[c + 12], 0xdd);
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        v[c] = _mm512_shuffle_f32x4(w[c], w[c + 8], 0x88);
+        v[c + 8] = _mm512_shuffle_f32x4(w[c], w[c + 8], 0xdd);
+        v[c + 4] = _mm512_shuffle_f32x4(w[c + 4], w[c + 12], 0x88);
+        v[c + 12] = _mm512_shuffle_f32x4(w[c + 4], w[c + 12], 0xdd);
+    }
+}
+
+#include "../kernel.inc.h"
+#undef REAL
+#undef SUFFIX
+#undef VLEN
+
+#define REAL double
+#define SUFFIX f64
+#define VLEN 8
+typedef __m512d vec;
+
+static ALWAYS_INLINE vec v_load(const double *p)
+{
+    return _mm512_loadu_pd(p);
+}
+static ALWAYS_INLINE void v_store(double *p, vec a)
+{
+    _mm512_storeu_pd(p, a);
+}
+static ALWAYS_INLINE vec v_load_n(const double *p, int n)
+{
+    return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+}
+static ALWAYS_INLINE void v_store_n(double *p, vec a, int n)
+{
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), a);
+}
+static ALWAYS_INLINE vec v_set1(double x)
+{
+    return _mm512_set1_pd(x);
+}
+static ALWAYS_INLINE vec v_add(vec a, vec b)
+{
+    return _mm512_add_pd(a, b);
+}
+static ALWAYS_INLINE vec v_sub(vec a, vec b)
+{
+    return _mm512_sub_pd(a, b);
+}
+static ALWAYS_INLINE vec v_mul(vec a, vec b)
+{
+    return _mm512_mul_pd(a, b);
+}
+static ALWAYS_INLINE vec v_div(vec a, vec b)
+{
+    return _mm512_div_pd(a, b);
+}
+static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
+{
+    return _mm512_fmadd_pd(a, b, c);
+}
+static ALWAYS_INLINE vec v_max(vec a, vec b)
+{
+    return _mm512_max_pd(a, b);
+}
+static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+{
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), y, x);
+}
+static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+{
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), y, x);
+}
+static ALWAYS_INLINE vec v_pow2(vec t)
+{
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
+}
+static ALWAYS_INLINE void v_transpose(vec *v)
+{
+    vec w[8];
+    UNROLL for (int i = 0; i < 8; i += 2) { /* w[i + c]: column c + 2 * (128-bit lane), rows i, i+1 */
+        w[i] = _mm512_unpacklo_pd(v[i], v[i + 1]);
+        w[i + 1] = _mm512_unpackhi_pd(v[i], v[i + 1]);
+    }
+    UNROLL for (int c = 0; c < 2; c++) {
+        v[c] = _mm512_shuffle_f64x2(w[c], w[c + 2], 0x88);
+        v[c + 2] = _mm512_shuffle_f64x2(w[c], w[c + 2], 0xdd);
+        v[c + 4] = _mm512_shuffle_f64x2(w[c + 4], w[c + 6], 0x88);
+        v[c + 6] = _mm512_shuffle_f64x2(w[c + 4], w[c + 6], 0xdd);
+    }
+    UNROLL for (int c = 0; c < 2; c++) {
+        w[c] = _mm512_shuffle_f64x2(v[c], v[c + 4], 0x88);
+        w[c + 4] = _mm512_shuffle_f64x2(v[c], v[c + 4], 0xdd);
+        w[c + 2] = _mm512_shuffle_f64x2(v[c + 2], v[c + 6], 0x88);
+        w[c + 6] = _mm512_shuffle_f64x2(v[c + 2], v[c + 6], 0xdd);
+    }
+    UNROLL for (int i = 0; i < 8; i++) v[i] = w[i];
+}
+
+#include "../kernel.inc.h"
+
+const mha_isa mha_isa_avx512 = {"avx512", &kernel_f32, &kernel_f64};
+#endif

@@ -1,0 +1,123 @@
+/* The only interface between the three rooms: the problem, one tile of it, and the kernel table.
+ *
+ *   problem   what to compute: arrays with byte strides, sizes, the interval rule
+ *   tile      LANES query rows of one (batch, KV head), and the state of their online softmax
+ *   kernel    the functions that carry one tile through one block of keys, per ISA and dtype
+ *
+ * Rows of a tile are the (position, head of the group) pairs of one KV head, position-major:
+ * row r is position r / group_size, head r % group_size of the group. So K and V are read once
+ * for all heads that share them, and positions never decrease from lane to lane.
+ */
+#ifndef MHA_H
+#define MHA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef ptrdiff_t idx;
+
+enum {
+    MHA_MAX_LANES = 64,
+    MHA_MAX_VECTORS = 4,
+    MHA_MAX_AXES = 64, /* NumPy's own limit */
+    MHA_MAX_TERMS = 2,
+    /* Keys per block, aligned to key 0. Part of the canonical arithmetic: changing it changes
+     * bits. 64 lanes x 192 keys x 4 bytes = 48 KiB of scores, well inside L2. */
+    MHA_KEY_BLOCK = 192,
+};
+
+#define MHA_OPEN PTRDIFF_MAX /* a window without an edge on that side */
+
+enum {
+#define MHA_DTYPE(name, bytes, read, write) MHA_##name,
+#include "dtype.def"
+#undef MHA_DTYPE
+};
+
+/* What a mask or bias does to a block of scores. */
+enum { TERM_UNKNOWN, TERM_HIDES_ALL, TERM_ADDS_NOTHING, TERM_MIXED };
+
+/* Strides are in bytes; an axis that is broadcast has stride 0. data is NULL when absent. */
+typedef struct {
+    char *data;
+    int dtype;
+    idx head, row, col;
+    idx batch[MHA_MAX_AXES];
+} mha_array;
+
+typedef struct {
+    mha_array q, k, v, out, lse;
+    mha_array terms[MHA_MAX_TERMS]; /* mask and bias, both added to the scores */
+    mha_array q_offset, kv_lengths; /* int64, batch axes only */
+    int num_terms, batch_axes;
+    idx batch_shape[MHA_MAX_AXES];
+    idx batch, kv_heads, group_size, seqlen_q, seqlen_k, head_dim, head_dim_v;
+    idx window_left, window_right;
+    double scale;
+} mha_problem;
+
+/* Keys [begin, end) of the block at hand are seen by the vectors first .. last-1 of the tile. */
+typedef struct {
+    int begin, end, first, last;
+} mha_segment;
+
+typedef struct {
+    const mha_problem *problem;
+    int rows, vectors;
+    const char *k, *v; /* of this batch row and KV head */
+    const char *q_row[MHA_MAX_LANES];
+    char *out_row[MHA_MAX_LANES];
+    char *lse_row[MHA_MAX_LANES];
+    const char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
+    idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* keys that a lane may see: [lo, hi) */
+    idx first_block, last_block;
+
+    /* The block at hand; keys count from the start of the block. */
+    idx key0;
+    int begin[MHA_MAX_VECTORS], end[MHA_MAX_VECTORS];
+    int num_segments, hidden; /* hidden: some lane may not see some key of its vector's range */
+    mha_segment segment[2 * MHA_MAX_VECTORS];
+    const void *k_block, *v_block;
+    idx k_row, k_col, v_row; /* strides of the two, in elements */
+
+    /* Workspace, laid out by the kernel. [..][lanes] arrays have queries in the lanes. */
+    void *q_panel;          /* [head_dim][lanes], scaled by scale * log2(e) */
+    void *s;                /* [MHA_KEY_BLOCK][lanes] scores, then probabilities */
+    void *o, *o_block;      /* [head_dim_v][lanes] */
+    void *m, *l;            /* [lanes] running row max (log2 units) and row sum */
+    void *m_block, *l_block; /* [lanes] the same of the block at hand */
+    void *a, *b;             /* [lanes] factors of o and o_block when they merge */
+    void *k_copy, *v_copy;  /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
+    void *strip;            /* rows on their way through a transpose or a conversion */
+} mha_tile;
+
+typedef struct {
+    int lanes;
+    mha_tile *(*begin)(const mha_problem *, idx task); /* NULL: out of memory */
+    int (*scores_block)(mha_tile *, idx block);        /* 0: no key of it is visible */
+    void (*softmax_block)(mha_tile *);
+    void (*weighted_sum_block)(mha_tile *);
+    void (*finish)(mha_tile *);
+    void (*exp2)(const void *x, void *y, idx n);         /* the exponential, for its tests */
+    double (*fma_chain)(idx rounds, double *flops);      /* FMA peak, for benchmarks */
+    double (*read_all)(const void *x, idx n);            /* read bandwidth, for benchmarks */
+} mha_kernel;
+
+typedef struct {
+    const char *name;
+    const mha_kernel *f32, *f64;
+} mha_isa;
+
+/* dispatch.c: the compiled-in ISAs, fastest first; NULL past the last. */
+const mha_isa *mha_isa_at(int i);
+int mha_isa_usable(int i);
+
+/* tile.c: geometry, free of dtype and ISA. */
+idx mha_tile_count(const mha_problem *problem, int lanes);
+void mha_tile_begin(mha_tile *tile, const mha_problem *problem, idx task, int lanes, int vlen);
+int mha_tile_block(mha_tile *tile, idx block, int vlen);
+
+/* workspace.c: one grow-only buffer per thread, 64-byte aligned, freed when the thread ends. */
+void *mha_workspace(size_t bytes);
+
+#endif

@@ -1,0 +1,147 @@
+/* Geometry of tiles and blocks: which rows, which keys. No arithmetic on elements here. */
+#include "mha.h"
+
+static idx min(idx a, idx b)
+{
+    return a < b ? a : b;
+}
+
+static idx max(idx a, idx b)
+{
+    return a > b ? a : b;
+}
+
+static idx clamp(idx x, idx low, idx high)
+{
+    return min(max(x, low), high);
+}
+
+/* Every structural mask is this interval: the keys [lo, hi) that the query at `position` sees. */
+static void span(const mha_problem *p, idx position, idx length, idx *lo, idx *hi)
+{
+    *lo = p->window_left == MHA_OPEN ? 0 : max(0, position - p->window_left);
+    *hi = p->window_right == MHA_OPEN ? length : min(length, position + p->window_right + 1);
+    *lo = min(*lo, length);
+    *hi = max(*hi, *lo);
+}
+
+static idx tiles_per_head(const mha_problem *p, int lanes)
+{
+    return (p->group_size * p->seqlen_q + lanes - 1) / lanes;
+}
+
+idx mha_tile_count(const mha_problem *p, int lanes)
+{
+    return p->batch * p->kv_heads * tiles_per_head(p, lanes);
+}
+
+/* Byte offset of batch entry `batch` in an array, by its broadcast strides. */
+static idx batch_offset(const mha_problem *p, const mha_array *a, idx batch)
+{
+    idx offset = 0;
+    for (int axis = p->batch_axes - 1; axis >= 0; axis--) {
+        offset += batch % p->batch_shape[axis] * a->batch[axis];
+        batch /= p->batch_shape[axis];
+    }
+    return offset;
+}
+
+static idx integer_of(const mha_problem *p, const mha_array *a, idx batch, idx otherwise)
+{
+    return a->data ? (idx) * (const int64_t *)(a->data + batch_offset(p, a, batch)) : otherwise;
+}
+
+/* Task order: (batch, KV head) outside, so that neighbours in time share K and V in the cache;
+ * inside, the last tile first, which sees the most keys when the mask is causal. */
+void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int vlen)
+{
+    idx tiles = tiles_per_head(p, lanes);
+    idx first = (tiles - 1 - task % tiles) * lanes, kv_head = task / tiles % p->kv_heads;
+    idx batch = task / tiles / p->kv_heads;
+    idx length = clamp(integer_of(p, &p->kv_lengths, batch, p->seqlen_k), 0, p->seqlen_k);
+    idx offset = integer_of(p, &p->q_offset, batch, length - p->seqlen_q);
+    const char *q = p->q.data + batch_offset(p, &p->q, batch);
+    char *out = p->out.data + batch_offset(p, &p->out, batch);
+    char *lse = p->lse.data ? p->lse.data + batch_offset(p, &p->lse, batch) : NULL;
+    const char *term[MHA_MAX_TERMS];
+
+    for (int n = 0; n < p->num_terms; n++)
+        term[n] = p->terms[n].data + batch_offset(p, &p->terms[n], batch);
+    t->problem = p;
+    t->k = p->k.data + batch_offset(p, &p->k, batch) + kv_head * p->k.head;
+    t->v = p->v.data + batch_offset(p, &p->v, batch) + kv_head * p->v.head;
+    t->rows = (int)min(lanes, p->group_size * p->seqlen_q - first);
+    t->vectors = (t->rows + vlen - 1) / vlen;
+
+    idx begin = PTRDIFF_MAX, end = 0;
+    for (int lane = 0; lane < t->vectors * vlen; lane++) {
+        /* Lanes past the last row repeat it, so they never make a block look partly hidden. */
+        idx row = first + min(lane, t->rows - 1);
+        idx i = row / p->group_size, head = kv_head * p->group_size + row % p->group_size;
+        t->q_row[lane] = q + head * p->q.head + i * p->q.row;
+        t->out_row[lane] = out + head * p->out.head + i * p->out.row;
+        t->lse_row[lane] = lse ? lse + head * p->lse.head + i * p->lse.row : NULL;
+        for (int n = 0; n < p->num_terms; n++)
+            t->term_row[n][lane] = term[n] + head * p->terms[n].head + i * p->terms[n].row;
+        span(p, i + offset, length, &t->lo[lane], &t->hi[lane]);
+        if (t->lo[lane] < t->hi[lane]) {
+            begin = min(begin, t->lo[lane]);
+            end = max(end, t->hi[lane]);
+        }
+    }
+    t->first_block = end ? begin / MHA_KEY_BLOCK : 0;
+    t->last_block = (end + MHA_KEY_BLOCK - 1) / MHA_KEY_BLOCK;
+}
+
+/* Cut the keys of the block where the set of vectors that see them changes. Positions do not
+ * decrease over lanes, so that set is always a contiguous run of vectors. */
+static void cut_segments(mha_tile *t)
+{
+    int position = MHA_KEY_BLOCK, end = 0;
+    for (int g = 0; g < t->vectors; g++)
+        if (t->begin[g] < t->end[g]) {
+            position = (int)min(position, t->begin[g]);
+            end = (int)max(end, t->end[g]);
+        }
+    t->num_segments = 0;
+    while (position < end) {
+        mha_segment s = {position, end, t->vectors, 0};
+        for (int g = 0; g < t->vectors; g++) {
+            if (t->begin[g] > position && t->begin[g] < t->end[g])
+                s.end = (int)min(s.end, t->begin[g]);
+            if (t->end[g] > position && t->begin[g] <= position) {
+                s.end = (int)min(s.end, t->end[g]);
+                s.first = (int)min(s.first, g);
+                s.last = g + 1;
+            }
+        }
+        if (s.first < s.last)
+            t->segment[t->num_segments++] = s;
+        position = s.end;
+    }
+}
+
+/* Set the tile to key block `block`; 0 when no lane may see any key of it. */
+int mha_tile_block(mha_tile *t, idx block, int vlen)
+{
+    t->key0 = block * MHA_KEY_BLOCK;
+    t->hidden = 0;
+    for (int g = 0; g < t->vectors; g++) {
+        int begin = MHA_KEY_BLOCK, end = 0, all_begin = 0, all_end = MHA_KEY_BLOCK;
+        for (int lane = g * vlen; lane < (g + 1) * vlen; lane++) {
+            int lo = (int)min(max(t->lo[lane] - t->key0, 0), MHA_KEY_BLOCK);
+            int hi = (int)min(max(t->hi[lane] - t->key0, 0), MHA_KEY_BLOCK);
+            if (lo < hi) {
+                begin = (int)min(begin, lo);
+                end = (int)max(end, hi);
+            }
+            all_begin = (int)max(all_begin, lo);
+            all_end = (int)min(all_end, hi);
+        }
+        t->begin[g] = begin;
+        t->end[g] = (int)max(begin, end);
+        t->hidden |= begin < end && (all_begin > begin || all_end < end);
+    }
+    cut_segments(t);
+    return t->num_segments > 0;
+}

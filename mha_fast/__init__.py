@@ -1,0 +1,17 @@
+"""Exact multi-head attention for NumPy arrays on CPUs."""
+
+from . import reference
+from .attention import AttentionResult, attention
+from .config import show_config
+from .threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionResult",
+    "attention",
+    "get_num_threads",
+    "reference",
+    "set_num_threads",
+    "show_config",
+]

@@ -1,0 +1,80 @@
+"""csrc/mha.h and csrc/openmp.h as Cython sees them."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+ctypedef Py_ssize_t idx
+
+
+cdef extern from "mha.h" nogil:
+    enum:
+        MHA_MAX_AXES
+        MHA_MAX_TERMS
+        MHA_BOOL
+        MHA_F16
+        MHA_BF16
+        MHA_F32
+        MHA_F64
+    idx MHA_OPEN
+
+    ctypedef struct mha_array:
+        char *data
+        int dtype
+        idx head
+        idx row
+        idx col
+        idx *batch
+
+    ctypedef struct mha_problem:
+        mha_array q
+        mha_array k
+        mha_array v
+        mha_array out
+        mha_array lse
+        mha_array *terms
+        mha_array q_offset
+        mha_array kv_lengths
+        int num_terms
+        int batch_axes
+        idx *batch_shape
+        idx batch
+        idx kv_heads
+        idx group_size
+        idx seqlen_q
+        idx seqlen_k
+        idx head_dim
+        idx head_dim_v
+        idx window_left
+        idx window_right
+        double scale
+
+    ctypedef struct mha_tile:
+        idx first_block
+        idx last_block
+
+    ctypedef struct mha_kernel:
+        int lanes
+        mha_tile *(*begin)(const mha_problem *, idx task) noexcept nogil
+        int (*scores_block)(mha_tile *, idx block) noexcept nogil
+        void (*softmax_block)(mha_tile *) noexcept nogil
+        void (*weighted_sum_block)(mha_tile *) noexcept nogil
+        void (*finish)(mha_tile *) noexcept nogil
+        void (*exp2)(const void *x, void *y, idx n) noexcept nogil
+        double (*fma_chain)(idx rounds, double *flops) noexcept nogil
+        double (*read_all)(const void *x, idx n) noexcept nogil
+
+    ctypedef struct mha_isa:
+        const char *name
+        const mha_kernel *f32
+        const mha_kernel *f64
+
+    const mha_isa *mha_isa_at(int i)
+    int mha_isa_usable(int i)
+    idx mha_tile_count(const mha_problem *problem, int lanes)
+
+
+cdef extern from "openmp.h" nogil:
+    const char *MHA_COMPILER
+    int MHA_OPENMP_VERSION
+    int omp_get_max_threads()
+    int omp_get_thread_num()
+    int omp_in_parallel()

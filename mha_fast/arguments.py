@@ -1,0 +1,206 @@
+"""What each argument means: defaults, conversions, every check and its message.
+
+`plain_arguments` turns what a user may pass into what `_core.forward` takes, or raises.
+"""
+
+import math
+import numbers
+
+import numpy as np
+
+from . import _core
+
+FLOATS = "float16, bfloat16, float32 or float64"
+FARTHEST = 2**53  # positions and windows beyond this are mistakes, and could overflow
+
+
+def plain_arguments(
+    q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset, kv_lengths,
+    window,
+):  # fmt: skip
+    """The arguments of `_core.forward`, in its order; raises TypeError or ValueError."""
+    q, k, v = (_floats(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    batch, heads = _batch_and_heads(q, k, v)
+    rows = (*batch, *heads, q.shape[-2])
+    mask = _term("mask", mask, (*rows, k.shape[-2]))
+    bias = _term("bias", bias, (*rows, k.shape[-2]))
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal is {causal!r}, expected True or False")
+    q_offset = _integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST)
+    kv_lengths = _integers("kv_lengths", kv_lengths, batch, 0, k.shape[-2])
+    if out is not None:
+        inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
+        _check_out(out, (*rows, v.shape[-1]), result_dtype(q, k, v), inputs)
+    return (
+        q, k, v, mask, bias, bool(causal), _scale(scale), _threads(threads),
+        bool(return_lse), out, q_offset, kv_lengths, _window(window),
+    )  # fmt: skip
+
+
+def result_dtype(q, k, v):
+    """NumPy's promotion; bfloat16 beside another float promotes as `ml_dtypes` says."""
+    return np.result_type(q.dtype, k.dtype, v.dtype)
+
+
+def is_float(dtype):
+    """Is it one of the storage dtypes? Shows the extension which number bfloat16 has."""
+    if dtype.name == "bfloat16":
+        _core.set_bfloat16(dtype.num)
+        return True
+    return dtype.kind == "f" and dtype.itemsize <= 8
+
+
+def _array(name, x):
+    """`x` as an exact, native ndarray; no copy unless it is a list or byte-swapped."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: pass {name}.data and a mask= of your own")
+    if hasattr(x, "toarray"):
+        raise TypeError(f"{name} is sparse ({type(x).__name__}): pass {name}.toarray()")
+    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+        x = np.from_dlpack(x)
+    x = np.asarray(x)
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _floats(name, x):
+    x = _array(name, x)
+    if not is_float(x.dtype):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, expected {FLOATS}: {name}.astype(np.float32)"
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {x.shape}, expected at least (seqlen, head_dim)"
+        )
+    return x
+
+
+def _batch_and_heads(q, k, v):
+    """Broadcast batch shape, and the heads axis as a tuple: () for two-dimensional arrays."""
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k has head_dim {k.shape[-1]}, expected {q.shape[-1]} as in q")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"v has seqlen_k {v.shape[-2]}, expected {k.shape[-2]} as in k")
+    heads, kv_heads, v_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k, v))
+    if v_heads != kv_heads:
+        raise ValueError(f"v has {v_heads} heads, expected {kv_heads} as in k")
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"k has {kv_heads} heads, which does not divide q's {heads}")
+    shapes = [x.shape[:-3] for x in (q, k, v)]
+    try:
+        batch = np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ValueError(
+            "leading axes of q, k and v do not broadcast: found {}, {} and {}".format(*shapes)
+        ) from None
+    return batch, (heads,) if max(q.ndim, k.ndim, v.ndim) > 2 else ()
+
+
+def _check_broadcast(name, shape, target, axes):
+    try:
+        fits = np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {shape}, expected one that broadcasts to {axes} = {target}"
+        )
+
+
+def _term(name, term, target):
+    """A mask or a bias."""
+    if term is None:
+        return None
+    term = _array(name, term)
+    kinds = f"bool (True = attend) or {FLOATS} (added to the scores)"
+    if name == "bias":
+        kinds = f"{FLOATS}; a bool array is a mask="
+    if not is_float(term.dtype) and (name == "bias" or term.dtype != np.bool_):
+        raise TypeError(
+            f"{name} has dtype {term.dtype}, expected {kinds}: {name}.astype(bool) as mask= "
+            f"or {name}.astype(np.float32)"
+        )
+    axes = "(..., heads, seqlen_q, seqlen_k)" if len(target) > 2 else "(seqlen_q, seqlen_k)"
+    _check_broadcast(name, term.shape, target, axes)
+    return term
+
+
+def _integers(name, x, batch, low, high):
+    """An int or ints per batch row, as int64."""
+    if x is None:
+        return None
+    x = np.asarray(x)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {x.dtype}, expected integers")
+    _check_broadcast(name, x.shape, batch, "the batch axes")
+    if x.size and not (low <= int(x.min()) and int(x.max()) <= high):
+        raise ValueError(
+            f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}"
+        )
+    return x.astype(np.int64)
+
+
+def _scale(scale):
+    if scale is None:
+        return None
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise TypeError(f"scale is {scale!r}, expected a number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}, expected a finite number")
+    return float(scale)
+
+
+def _threads(threads):
+    if threads is None:
+        return None
+    if not isinstance(threads, numbers.Integral) or isinstance(threads, bool):
+        raise TypeError(f"threads is {threads!r}, expected a positive int or None")
+    if threads < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1")
+    return min(int(threads), 2**20)
+
+
+def _window(window):
+    """Both sides as ints for `_core`, or None where all is open."""
+    if window is None:
+        return None
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"window is {window!r}, expected a tuple (left, right)")
+    if len(window) != 2:
+        raise ValueError(f"window has {len(window)} entries, expected (left, right)")
+    sides = []
+    for side in window:
+        if side is not None and (
+            not isinstance(side, numbers.Integral) or isinstance(side, bool)
+        ):
+            raise TypeError(f"window is {window!r}, expected ints or None as sides")
+        if side is not None and side < 0:
+            raise ValueError(f"window is {window!r}, expected sides of at least 0")
+        sides.append(_core.OPEN if side is None or side > FARTHEST else int(side))
+    return tuple(sides)
+
+
+def _check_out(out, shape, dtype, inputs):
+    if type(out) is not np.ndarray:
+        raise TypeError(f"out is a {type(out).__name__}, expected an ndarray")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out has dtype {out.dtype.str}, expected {dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, expected {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only, expected a writeable array")
+    reach = out.itemsize
+    for step, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape)):  # noqa: B905
+        if length > 1 and step < reach:
+            raise ValueError("out overlaps itself: two of its elements share memory")
+        reach += step * (length - 1)
+    for name, x in inputs.items():
+        if x is not None and _overlap(out, x):
+            raise ValueError(f"out overlaps {name}, expected memory of its own")
+
+
+def _overlap(a, b):
+    try:
+        return np.shares_memory(a, b, max_work=1000)
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,121 @@
+"""The public functions. What their arguments mean in detail is in arguments.py."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ._core import forward
+from .arguments import plain_arguments
+
+
+class AttentionResult(NamedTuple):
+    """What `attention` returns when it is asked for more than `out`."""
+
+    out: np.ndarray
+    lse: np.ndarray
+
+
+def attention(
+    q,
+    k,
+    v,
+    mask=None,
+    *,
+    bias=None,
+    causal=False,
+    q_offset=None,
+    window=None,
+    kv_lengths=None,
+    scale=None,
+    out=None,
+    return_lse=False,
+    threads=None,
+):
+    """Attention of every query over the keys it may see.
+
+    Computes ``softmax(scale * q @ k.T + bias) @ v`` for each batch entry and head, exactly,
+    without storing the scores. A row's result depends on that row, the keys it sees and the
+    options alone: not on threads, batch, other rows, padding, strides or instruction set.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., heads, seqlen_q, head_dim)
+        Queries, float16, bfloat16 (`ml_dtypes`), float32 or float64, with any strides. A
+        two-dimensional array is one head. Leading axes of `q`, `k`, `v` broadcast.
+    k : array_like, shape (..., kv_heads, seqlen_k, head_dim)
+        Keys. `heads` must be a multiple of `kv_heads`; query head ``h`` reads KV head
+        ``h // (heads // kv_heads)``.
+    v : array_like, shape (..., kv_heads, seqlen_k, head_dim_v)
+        Values.
+    mask : array_like, broadcast to (..., heads, seqlen_q, seqlen_k), optional
+        Bool (True = attend) or float (added to the scores). A -inf hides a key like False.
+    bias : array_like of float, broadcast like `mask`, optional
+        Added to the scores, also beside a `mask`.
+    causal : bool
+        Hide the keys after a query's position. Query ``i`` stands at ``i + q_offset``, so by
+        default the last query sees the last key::
+
+            seqlen_q=2, seqlen_k=4      x x x .
+                                        x x x x
+
+    q_offset : int or array_like of int, broadcast to the batch axes, optional
+        Default ``seqlen_k - seqlen_q``, or ``kv_lengths - seqlen_q``. 0 aligns the first query
+        with the first key.
+    window : tuple (left, right), optional
+        Query at position ``p`` sees keys ``p - left`` to ``p + right``; None is an open side.
+    kv_lengths : int or array_like of int, broadcast to the batch axes, optional
+        Keys and values from that length on do not exist and are never read.
+    scale : float, optional
+        Any finite number; default ``1 / sqrt(head_dim)``.
+    out : ndarray, shape (..., heads, seqlen_q, head_dim_v), optional
+        Written and returned. Any strides; it may not overlap an input.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+    threads : int, optional
+        Upper limit for this call; see `set_num_threads`. It changes no bit of the result.
+
+    Returns
+    -------
+    out : ndarray, shape (..., heads, seqlen_q, head_dim_v)
+        Of dtype ``np.result_type(q, k, v)``. 16-bit floats are computed in float32. A row that
+        sees no key is 0.
+    AttentionResult
+        With `return_lse`: ``(out, lse)``; ``lse (..., heads, seqlen_q)`` in the compute dtype,
+        natural logarithm, -inf for a row that sees no key.
+
+    Raises
+    ------
+    TypeError
+        An argument has an unsupported dtype or kind.
+    ValueError
+        Shapes do not fit, or a value is out of range.
+    MemoryError
+        No memory for the result or for the scratch space of a thread.
+
+    Notes
+    -----
+    Vaswani et al., "Attention is all you need" (arXiv 1706.03762), computed with the online
+    softmax of Milakov and Gimelshein (arXiv 1805.02867) over blocks of keys, as in
+    FlashAttention (Dao et al., arXiv 2205.14135).
+
+    Examples
+    --------
+    An indifferent query returns the mean of the values:
+
+    >>> q = np.zeros((1, 2), np.float32)
+    >>> k = np.ones((3, 2), np.float32)
+    >>> v = np.arange(6, dtype=np.float32).reshape(3, 2)
+    >>> attention(q, k, v)
+    array([[2., 3.]], dtype=float32)
+    """
+    result = NotImplemented
+    if out is None and window is None and q_offset is None and kv_lengths is None:
+        result = forward(q, k, v, mask, bias, causal, scale, threads, return_lse)
+    if result is NotImplemented:
+        result = forward(
+            *plain_arguments(
+                q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset,
+                kv_lengths, window,
+            )
+        )  # fmt: skip
+    return AttentionResult(*result) if return_lse else result
