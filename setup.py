@@ -34,7 +34,9 @@ class BuildExt(build_ext):
     def can_build(self, include, compile_args, link_args):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
-            source.write_text(f"{include}\nint main(void) {{ return omp_get_num_threads() < 0; }}\n")
+            source.write_text(
+                f"{include}\nint main(void) {{ return omp_get_num_threads() < 0; }}\n"
+            )
             try:
                 objects = self.compiler.compile(
                     [str(source)], output_dir=folder, extra_postargs=compile_args

@@ -30,16 +30,16 @@
 #include "rows.inc.h"
 
 /* Call f with a constant number of vectors. */
-#define BY_WIDTH(width, f, ...)                                                                   \
-    do {                                                                                          \
-        if ((width) == 1)                                                                         \
-            f(__VA_ARGS__, 1);                                                                    \
-        else if (NV > 2 && (width) == 2)                                                          \
-            f(__VA_ARGS__, 2);                                                                    \
-        else if (NV > 3 && (width) == 3)                                                          \
-            f(__VA_ARGS__, NV > 3 ? 3 : NV);                                                      \
-        else                                                                                      \
-            f(__VA_ARGS__, NV);                                                                   \
+#define BY_WIDTH(width, f, ...)                                                                    \
+    do {                                                                                           \
+        if ((width) == 1)                                                                          \
+            f(__VA_ARGS__, 1);                                                                     \
+        else if (NV > 2 && (width) == 2)                                                           \
+            f(__VA_ARGS__, 2);                                                                     \
+        else if (NV > 3 && (width) == 3)                                                           \
+            f(__VA_ARGS__, NV > 3 ? 3 : NV);                                                       \
+        else                                                                                       \
+            f(__VA_ARGS__, NV);                                                                    \
     } while (0)
 
 /* acc[i][v] += sum over k of a[i * a_row + k * a_depth] * b[k][v], the one inner loop of it all. */
@@ -48,11 +48,11 @@ static ALWAYS_INLINE void FN(multiply)(vec acc[][NV], int rows, int nv, idx dept
 {
     for (idx k = 0; k < depth; k++, a += a_depth, b += LANES) {
         vec bk[NV];
-        UNROLL for (int v = 0; v < nv; v++)
+        EACH (v, nv)
             bk[v] = v_load(b + v * VLEN);
-        UNROLL for (int i = 0; i < rows; i++) {
+        EACH (i, rows) {
             const vec ai = v_set1(a[i * a_row]);
-            UNROLL for (int v = 0; v < nv; v++)
+            EACH (v, nv)
                 acc[i][v] = v_fma(ai, bk[v], acc[i][v]);
         }
     }
@@ -64,13 +64,13 @@ static ALWAYS_INLINE void FN(score_rows)(const mha_tile *t, int rows, int nv, in
 {
     vec acc[8][NV];
     REAL *s = (REAL *)t->s + j * LANES + lane;
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < nv; v++)
+    EACH (i, rows)
+        EACH (v, nv)
             acc[i][v] = v_set1(0);
     FN(multiply)(acc, rows, nv, t->problem->head_dim, (const REAL *)t->k_block + j * t->k_row,
                  t->k_row, t->k_col, (const REAL *)t->q_panel + lane);
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < nv; v++) {
+    EACH (i, rows)
+        EACH (v, nv) {
             v_store(s + i * LANES + v * VLEN, acc[i][v]);
             best[v] = v_max(acc[i][v], best[v]);
         }
@@ -82,7 +82,7 @@ static ALWAYS_INLINE void FN(score_segment)(const mha_tile *t, const mha_segment
     REAL *m = (REAL *)t->m_block + lane;
     vec best[NV];
     int j = seg->begin;
-    UNROLL for (int v = 0; v < nv; v++)
+    EACH (v, nv)
         best[v] = v_load(m + v * VLEN);
     for (; j + ROWS(nv) <= seg->end; j += ROWS(nv))
         FN(score_rows)(t, ROWS(nv), nv, j, lane, best);
@@ -90,7 +90,7 @@ static ALWAYS_INLINE void FN(score_segment)(const mha_tile *t, const mha_segment
         FN(score_rows)(t, 2, nv, j, lane, best);
     if (j < seg->end)
         FN(score_rows)(t, 1, nv, j, lane, best);
-    UNROLL for (int v = 0; v < nv; v++)
+    EACH (v, nv)
         v_store(m + v * VLEN, best[v]);
 }
 
@@ -162,14 +162,14 @@ static ALWAYS_INLINE void FN(value_rows)(const mha_tile *t, const mha_segment *s
     vec acc[8][NV];
     const idx lane = seg->first * VLEN;
     REAL *o = (REAL *)t->o + d * LANES + lane, *part = (REAL *)t->o_block + d * LANES + lane;
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < nv; v++)
+    EACH (i, rows)
+        EACH (v, nv)
             acc[i][v] = a ? v_set1(0) : v_load(part + i * LANES + v * VLEN);
     FN(multiply)(acc, rows, nv, seg->end - seg->begin,
                  (const REAL *)t->v_block + seg->begin * t->v_row + d, 1, t->v_row,
                  (const REAL *)t->s + seg->begin * LANES + lane);
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < nv; v++) {
+    EACH (i, rows)
+        EACH (v, nv) {
             const idx at = i * LANES + v * VLEN;
             if (a)
                 v_store(o + at, v_fma(v_load(o + at), v_load(a + lane + v * VLEN),
@@ -272,10 +272,18 @@ static mha_tile *FN(begin)(const mha_problem *p, idx task)
 {
     const idx dim = p->head_dim, dim_v = p->head_dim_v, wide = dim > dim_v ? dim : dim_v;
     const idx strip = VLEN * (wide > MHA_KEY_BLOCK ? wide : MHA_KEY_BLOCK);
-    const idx sizes[] = {dim * LANES,   MHA_KEY_BLOCK * LANES, dim_v * LANES,
-                         dim_v * LANES, LANES,                 LANES,
-                         LANES,         LANES,                 LANES,
-                         LANES,         MHA_KEY_BLOCK * dim,   MHA_KEY_BLOCK * dim_v,
+    const idx sizes[] = {dim * LANES,
+                         MHA_KEY_BLOCK * LANES,
+                         dim_v * LANES,
+                         dim_v * LANES,
+                         LANES,
+                         LANES,
+                         LANES,
+                         LANES,
+                         LANES,
+                         LANES,
+                         MHA_KEY_BLOCK * dim,
+                         MHA_KEY_BLOCK * dim_v,
                          strip};
     enum { BUFFERS = sizeof sizes / sizeof *sizes, LINE = 64 };
     size_t offset[BUFFERS], bytes = (sizeof(mha_tile) + LINE - 1) / LINE * LINE;
@@ -287,9 +295,9 @@ static mha_tile *FN(begin)(const mha_problem *p, idx task)
     if (!memory)
         return NULL;
     mha_tile *t = (mha_tile *)memory;
-    void **buffers[BUFFERS] = {&t->q_panel, &t->s,       &t->o,       &t->o_block,
-                               &t->m,       &t->l,       &t->m_block, &t->l_block,
-                               &t->a,       &t->b,       &t->k_copy,  &t->v_copy,  &t->strip};
+    void **buffers[BUFFERS] = {&t->q_panel, &t->s,       &t->o,       &t->o_block, &t->m,
+                               &t->l,       &t->m_block, &t->l_block, &t->a,       &t->b,
+                               &t->k_copy,  &t->v_copy,  &t->strip};
     for (int i = 0; i < BUFFERS; i++)
         *buffers[i] = memory + offset[i];
 
@@ -320,6 +328,6 @@ static void FN(finish)(mha_tile *t)
 #include "measure.inc.h"
 
 static const mha_kernel FN(kernel) = {
-    LANES,          FN(begin),      FN(scores_block), FN(softmax_block), FN(weighted_sum_block),
-    FN(finish),     FN(exp2_array), FN(fma_chain),    FN(read_all),
+    LANES,      FN(begin),      FN(scores_block), FN(softmax_block), FN(weighted_sum_block),
+    FN(finish), FN(exp2_array), FN(fma_chain),    FN(read_all),
 };

@@ -18,10 +18,10 @@ static double FN(fma_chain)(idx rounds, double *flops)
     vec acc[CHAINS];
     REAL out[VLEN];
     const vec x = v_set1((REAL)0.999), y = v_set1((REAL)0.001);
-    UNROLL for (int i = 0; i < CHAINS; i++)
+    EACH (i, CHAINS)
         acc[i] = v_set1((REAL)i);
     for (idx n = 0; n < rounds; n++)
-        UNROLL for (int i = 0; i < CHAINS; i++)
+        EACH (i, CHAINS)
             acc[i] = v_fma(acc[i], x, y);
     for (int i = 1; i < CHAINS; i++)
         acc[0] = v_add(acc[0], acc[i]);
@@ -38,7 +38,7 @@ static double FN(read_all)(const void *x, idx n)
     for (int i = 0; i < STEP; i++)
         sum[i] = v_set1(0);
     for (idx j = 0; j + STEP * VLEN <= n; j += STEP * VLEN)
-        UNROLL for (int i = 0; i < STEP; i++)
+        EACH (i, STEP)
             sum[i] = v_add(sum[i], v_load((const REAL *)x + j + i * VLEN));
     for (int i = 1; i < STEP; i++)
         sum[0] = v_add(sum[0], sum[i]);

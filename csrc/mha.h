@@ -56,6 +56,12 @@ typedef struct {
     double scale;
 } mha_problem;
 
+/* Of some lanes: keys [begin, end) are seen by one of them at least, [all_begin, all_end) by all.
+ */
+typedef struct {
+    idx begin, end, all_begin, all_end;
+} mha_reach;
+
 /* Keys [begin, end) of the block at hand are seen by the vectors first .. last-1 of the tile. */
 typedef struct {
     int begin, end, first, last;
@@ -70,6 +76,7 @@ typedef struct {
     char *lse_row[MHA_MAX_LANES];
     const char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
     idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* keys that a lane may see: [lo, hi) */
+    mha_reach reach[MHA_MAX_VECTORS];
     idx first_block, last_block;
 
     /* The block at hand; keys count from the start of the block. */
@@ -81,14 +88,14 @@ typedef struct {
     idx k_row, k_col, v_row; /* strides of the two, in elements */
 
     /* Workspace, laid out by the kernel. [..][lanes] arrays have queries in the lanes. */
-    void *q_panel;          /* [head_dim][lanes], scaled by scale * log2(e) */
-    void *s;                /* [MHA_KEY_BLOCK][lanes] scores, then probabilities */
-    void *o, *o_block;      /* [head_dim_v][lanes] */
-    void *m, *l;            /* [lanes] running row max (log2 units) and row sum */
+    void *q_panel;           /* [head_dim][lanes], scaled by scale * log2(e) */
+    void *s;                 /* [MHA_KEY_BLOCK][lanes] scores, then probabilities */
+    void *o, *o_block;       /* [head_dim_v][lanes] */
+    void *m, *l;             /* [lanes] running row max (log2 units) and row sum */
     void *m_block, *l_block; /* [lanes] the same of the block at hand */
     void *a, *b;             /* [lanes] factors of o and o_block when they merge */
-    void *k_copy, *v_copy;  /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
-    void *strip;            /* rows on their way through a transpose or a conversion */
+    void *k_copy, *v_copy;   /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
+    void *strip;             /* rows on their way through a transpose or a conversion */
 } mha_tile;
 
 typedef struct {
@@ -98,9 +105,9 @@ typedef struct {
     void (*softmax_block)(mha_tile *);
     void (*weighted_sum_block)(mha_tile *);
     void (*finish)(mha_tile *);
-    void (*exp2)(const void *x, void *y, idx n);         /* the exponential, for its tests */
-    double (*fma_chain)(idx rounds, double *flops);      /* FMA peak, for benchmarks */
-    double (*read_all)(const void *x, idx n);            /* read bandwidth, for benchmarks */
+    void (*exp2)(const void *x, void *y, idx n);    /* the exponential, for its tests */
+    double (*fma_chain)(idx rounds, double *flops); /* FMA peak, for benchmarks */
+    double (*read_all)(const void *x, idx n);       /* read bandwidth, for benchmarks */
 } mha_kernel;
 
 typedef struct {

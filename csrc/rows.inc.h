@@ -3,14 +3,14 @@
 static void FN(read_row)(REAL *dst, const char *src, idx stride, idx n, int dtype)
 {
     switch (dtype) {
-#define MHA_DTYPE(name, bytes, read, write)                                                       \
-    case MHA_##name:                                                                              \
-        if (stride == (bytes))                                                                    \
-            for (idx i = 0; i < n; i++)                                                           \
-                dst[i] = (REAL)read(src + i * (bytes));                                           \
-        else                                                                                      \
-            for (idx i = 0; i < n; i++)                                                           \
-                dst[i] = (REAL)read(src + i * stride);                                            \
+#define MHA_DTYPE(name, bytes, read, write)                                                        \
+    case MHA_##name:                                                                               \
+        if (stride == (bytes))                                                                     \
+            for (idx i = 0; i < n; i++)                                                            \
+                dst[i] = (REAL)read(src + i * (bytes));                                            \
+        else                                                                                       \
+            for (idx i = 0; i < n; i++)                                                            \
+                dst[i] = (REAL)read(src + i * stride);                                             \
         break;
 #include "dtype.def"
 #undef MHA_DTYPE
@@ -25,12 +25,12 @@ static void FN(read_row)(REAL *dst, const char *src, idx stride, idx n, int dtyp
 static void FN(write_row)(char *dst, const REAL *src, idx stride, idx n, int dtype)
 {
     switch (dtype) {
-#define MHA_DTYPE(name, bytes, read, write)                                                       \
-    case MHA_##name: {                                                                            \
-        void (*put)(char *, double) = write;                                                      \
-        for (idx i = 0; put && i < n; i++)                                                        \
-            put(dst + i * stride, src[i]);                                                        \
-        break;                                                                                    \
+#define MHA_DTYPE(name, bytes, read, write)                                                        \
+    case MHA_##name: {                                                                             \
+        void (*put)(char *, double) = write;                                                       \
+        for (idx i = 0; put && i < n; i++)                                                         \
+            put(dst + i * stride, src[i]);                                                         \
+        break;                                                                                     \
     }
 #include "dtype.def"
 #undef MHA_DTYPE

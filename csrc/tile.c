@@ -51,6 +51,22 @@ static idx integer_of(const mha_problem *p, const mha_array *a, idx batch, idx o
     return a->data ? (idx) * (const int64_t *)(a->data + batch_offset(p, a, batch)) : otherwise;
 }
 
+/* What lanes [first, last) see together, and what each of them sees. */
+static mha_reach reach_of(const mha_tile *t, int first, int last)
+{
+    mha_reach r = {PTRDIFF_MAX, 0, 0, PTRDIFF_MAX};
+    for (int lane = first; lane < last; lane++) {
+        const idx lo = t->lo[lane], hi = t->hi[lane];
+        if (lo < hi) {
+            r.begin = min(r.begin, lo);
+            r.end = max(r.end, hi);
+        }
+        r.all_begin = max(r.all_begin, lo);
+        r.all_end = min(r.all_end, hi);
+    }
+    return r;
+}
+
 /* Task order: (batch, KV head) outside, so that neighbours in time share K and V in the cache;
  * inside, the last tile first, which sees the most keys when the mask is causal. */
 void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int vlen)
@@ -73,24 +89,26 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     t->rows = (int)min(lanes, p->group_size * p->seqlen_q - first);
     t->vectors = (t->rows + vlen - 1) / vlen;
 
-    idx begin = PTRDIFF_MAX, end = 0;
+    idx i = first / p->group_size, in_group = first % p->group_size;
     for (int lane = 0; lane < t->vectors * vlen; lane++) {
-        /* Lanes past the last row repeat it, so they never make a block look partly hidden. */
-        idx row = first + min(lane, t->rows - 1);
-        idx i = row / p->group_size, head = kv_head * p->group_size + row % p->group_size;
+        const idx head = kv_head * p->group_size + in_group;
         t->q_row[lane] = q + head * p->q.head + i * p->q.row;
         t->out_row[lane] = out + head * p->out.head + i * p->out.row;
         t->lse_row[lane] = lse ? lse + head * p->lse.head + i * p->lse.row : NULL;
         for (int n = 0; n < p->num_terms; n++)
             t->term_row[n][lane] = term[n] + head * p->terms[n].head + i * p->terms[n].row;
         span(p, i + offset, length, &t->lo[lane], &t->hi[lane]);
-        if (t->lo[lane] < t->hi[lane]) {
-            begin = min(begin, t->lo[lane]);
-            end = max(end, t->hi[lane]);
+        /* Lanes past the last row repeat it, so they never make a block look partly hidden. */
+        if (lane < t->rows - 1 && ++in_group == p->group_size) {
+            in_group = 0;
+            i++;
         }
     }
-    t->first_block = end ? begin / MHA_KEY_BLOCK : 0;
-    t->last_block = (end + MHA_KEY_BLOCK - 1) / MHA_KEY_BLOCK;
+    for (int g = 0; g < t->vectors; g++)
+        t->reach[g] = reach_of(t, g * vlen, (g + 1) * vlen);
+    const mha_reach all = reach_of(t, 0, t->rows);
+    t->first_block = all.begin < all.end ? all.begin / MHA_KEY_BLOCK : 0;
+    t->last_block = all.begin < all.end ? (all.end + MHA_KEY_BLOCK - 1) / MHA_KEY_BLOCK : 0;
 }
 
 /* Cut the keys of the block where the set of vectors that see them changes. Positions do not
@@ -121,26 +139,22 @@ static void cut_segments(mha_tile *t)
     }
 }
 
+static int in_block(const mha_tile *t, idx key)
+{
+    return (int)clamp(key - t->key0, 0, MHA_KEY_BLOCK);
+}
+
 /* Set the tile to key block `block`; 0 when no lane may see any key of it. */
 int mha_tile_block(mha_tile *t, idx block, int vlen)
 {
     t->key0 = block * MHA_KEY_BLOCK;
     t->hidden = 0;
     for (int g = 0; g < t->vectors; g++) {
-        int begin = MHA_KEY_BLOCK, end = 0, all_begin = 0, all_end = MHA_KEY_BLOCK;
-        for (int lane = g * vlen; lane < (g + 1) * vlen; lane++) {
-            int lo = (int)min(max(t->lo[lane] - t->key0, 0), MHA_KEY_BLOCK);
-            int hi = (int)min(max(t->hi[lane] - t->key0, 0), MHA_KEY_BLOCK);
-            if (lo < hi) {
-                begin = (int)min(begin, lo);
-                end = (int)max(end, hi);
-            }
-            all_begin = (int)max(all_begin, lo);
-            all_end = (int)min(all_end, hi);
-        }
-        t->begin[g] = begin;
-        t->end[g] = (int)max(begin, end);
-        t->hidden |= begin < end && (all_begin > begin || all_end < end);
+        const mha_reach *r = &t->reach[g];
+        t->begin[g] = in_block(t, r->begin);
+        t->end[g] = (int)max(t->begin[g], in_block(t, r->end));
+        t->hidden |= t->begin[g] < t->end[g] && (in_block(t, r->all_begin) > t->begin[g] ||
+                                                 in_block(t, r->all_end) < t->end[g]);
     }
     cut_segments(t);
     return t->num_segments > 0;

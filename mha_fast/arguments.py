@@ -65,13 +65,9 @@ def _array(name, x):
 def _floats(name, x):
     x = _array(name, x)
     if not is_float(x.dtype):
-        raise TypeError(
-            f"{name} has dtype {x.dtype}, expected {FLOATS}: {name}.astype(np.float32)"
-        )
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {FLOATS}: {name}.astype(np.float32)")
     if x.ndim < 2:
-        raise ValueError(
-            f"{name} has shape {x.shape}, expected at least (seqlen, head_dim)"
-        )
+        raise ValueError(f"{name} has shape {x.shape}, expected at least (seqlen, head_dim)")
     return x
 
 
@@ -134,9 +130,7 @@ def _integers(name, x, batch, low, high):
         raise TypeError(f"{name} has dtype {x.dtype}, expected integers")
     _check_broadcast(name, x.shape, batch, "the batch axes")
     if x.size and not (low <= int(x.min()) and int(x.max()) <= high):
-        raise ValueError(
-            f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}"
-        )
+        raise ValueError(f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}")
     return x.astype(np.int64)
 
 
@@ -170,9 +164,7 @@ def _window(window):
         raise ValueError(f"window has {len(window)} entries, expected (left, right)")
     sides = []
     for side in window:
-        if side is not None and (
-            not isinstance(side, numbers.Integral) or isinstance(side, bool)
-        ):
+        if side is not None and (not isinstance(side, numbers.Integral) or isinstance(side, bool)):
             raise TypeError(f"window is {window!r}, expected ints or None as sides")
         if side is not None and side < 0:
             raise ValueError(f"window is {window!r}, expected sides of at least 0")

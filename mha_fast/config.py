@@ -45,7 +45,8 @@ def show_config(mode="stdout"):
 
 
 def _config():
-    from threadpoolctl import threadpool_info  # 5 ms that `import mha_fast` need not pay
+    # Here, not above: 5 ms that `import mha_fast` need not pay.
+    from threadpoolctl import threadpool_info
 
     from . import __version__
 

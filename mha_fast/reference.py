@@ -99,8 +99,8 @@ def _interval(batch, seqlen_q, seqlen_k, causal, q_offset, kv_lengths, window):
         visible &= key <= position
     if window is not None:
         left, right = window
-        visible &= (key >= position - min(left, seqlen_k + np.abs(offset).max(initial=0)))
-        visible &= (key <= position + min(right, seqlen_k + np.abs(offset).max(initial=0)))
+        visible &= key >= position - min(left, seqlen_k + np.abs(offset).max(initial=0))
+        visible &= key <= position + min(right, seqlen_k + np.abs(offset).max(initial=0))
     return visible
 
 

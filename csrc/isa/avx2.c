@@ -87,21 +87,23 @@ static ALWAYS_INLINE vec v_pow2(vec t)
 static ALWAYS_INLINE void v_transpose(vec *v)
 {
     vec w[8];
-    UNROLL for (int i = 0; i < 8; i += 2) {
+    UNROLL
+    for (int i = 0; i < 8; i += 2) {
         w[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
         w[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
     }
-    UNROLL for (int i = 0; i < 8; i += 4) { /* v[i + c]: column c + 4 * (128-bit lane), rows i.. */
+    UNROLL
+    for (int i = 0; i < 8; i += 4) { /* v[i + c]: column c + 4 * (128-bit lane), rows i.. */
         v[i] = _mm256_shuffle_ps(w[i], w[i + 2], 0x44);
         v[i + 1] = _mm256_shuffle_ps(w[i], w[i + 2], 0xee);
         v[i + 2] = _mm256_shuffle_ps(w[i + 1], w[i + 3], 0x44);
         v[i + 3] = _mm256_shuffle_ps(w[i + 1], w[i + 3], 0xee);
     }
-    UNROLL for (int c = 0; c < 4; c++) {
+    EACH (c, 4) {
         w[c] = _mm256_permute2f128_ps(v[c], v[c + 4], 0x20);
         w[c + 4] = _mm256_permute2f128_ps(v[c], v[c + 4], 0x31);
     }
-    UNROLL for (int i = 0; i < 8; i++)
+    EACH (i, 8)
         v[i] = w[i];
 }
 

@@ -4,7 +4,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))),    \
                              apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
@@ -78,23 +78,25 @@ static ALWAYS_INLINE vec v_pow2(vec t)
 static ALWAYS_INLINE void v_transpose(vec *v)
 {
     vec w[16];
-    UNROLL for (int i = 0; i < 16; i += 2) {
+    UNROLL
+    for (int i = 0; i < 16; i += 2) {
         w[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
         w[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
     }
-    UNROLL for (int i = 0; i < 16; i += 4) { /* v[i + c]: column c + 4 * (128-bit lane), rows i.. */
+    UNROLL
+    for (int i = 0; i < 16; i += 4) { /* v[i + c]: column c + 4 * (128-bit lane), rows i.. */
         v[i] = _mm512_shuffle_ps(w[i], w[i + 2], 0x44);
         v[i + 1] = _mm512_shuffle_ps(w[i], w[i + 2], 0xee);
         v[i + 2] = _mm512_shuffle_ps(w[i + 1], w[i + 3], 0x44);
         v[i + 3] = _mm512_shuffle_ps(w[i + 1], w[i + 3], 0xee);
     }
-    UNROLL for (int c = 0; c < 4; c++) {
+    EACH (c, 4) {
         w[c] = _mm512_shuffle_f32x4(v[c], v[c + 4], 0x88);
         w[c + 4] = _mm512_shuffle_f32x4(v[c], v[c + 4], 0xdd);
         w[c + 8] = _mm512_shuffle_f32x4(v[c + 8], v[c + 12], 0x88);
         w[c + 12] = _mm512_shuffle_f32x4(v[c + 8], v[c + 12], 0xdd);
     }
-    UNROLL for (int c = 0; c < 4; c++) {
+    EACH (c, 4) {
         v[c] = _mm512_shuffle_f32x4(w[c], w[c + 8], 0x88);
         v[c + 8] = _mm512_shuffle_f32x4(w[c], w[c + 8], 0xdd);
         v[c + 4] = _mm512_shuffle_f32x4(w[c + 4], w[c + 12], 0x88);
@@ -171,23 +173,25 @@ static ALWAYS_INLINE vec v_pow2(vec t)
 static ALWAYS_INLINE void v_transpose(vec *v)
 {
     vec w[8];
-    UNROLL for (int i = 0; i < 8; i += 2) { /* w[i + c]: column c + 2 * (128-bit lane), rows i, i+1 */
+    UNROLL
+    for (int i = 0; i < 8; i += 2) { /* w[i + c]: column c + 2 * (128-bit lane), rows i, i+1 */
         w[i] = _mm512_unpacklo_pd(v[i], v[i + 1]);
         w[i + 1] = _mm512_unpackhi_pd(v[i], v[i + 1]);
     }
-    UNROLL for (int c = 0; c < 2; c++) {
+    EACH (c, 2) {
         v[c] = _mm512_shuffle_f64x2(w[c], w[c + 2], 0x88);
         v[c + 2] = _mm512_shuffle_f64x2(w[c], w[c + 2], 0xdd);
         v[c + 4] = _mm512_shuffle_f64x2(w[c + 4], w[c + 6], 0x88);
         v[c + 6] = _mm512_shuffle_f64x2(w[c + 4], w[c + 6], 0xdd);
     }
-    UNROLL for (int c = 0; c < 2; c++) {
+    EACH (c, 2) {
         w[c] = _mm512_shuffle_f64x2(v[c], v[c + 4], 0x88);
         w[c + 4] = _mm512_shuffle_f64x2(v[c], v[c + 4], 0xdd);
         w[c + 2] = _mm512_shuffle_f64x2(v[c + 2], v[c + 6], 0x88);
         w[c + 6] = _mm512_shuffle_f64x2(v[c + 2], v[c + 6], 0xdd);
     }
-    UNROLL for (int i = 0; i < 8; i++) v[i] = w[i];
+    EACH (i, 8)
+        v[i] = w[i];
 }
 
 #include "../kernel.inc.h"

@@ -3,17 +3,18 @@ typedef struct {
     REAL x[VLEN];
 } vec;
 
-#define EACH for (int i = 0; i < VLEN; i++)
-
 static ALWAYS_INLINE vec v_load_n(const REAL *p, int n)
 {
     vec r;
-    EACH r.x[i] = i < n ? p[i] : 0;
+    EACH (i, VLEN)
+        r.x[i] = i < n ? p[i] : 0;
     return r;
 }
 static ALWAYS_INLINE void v_store_n(REAL *p, vec a, int n)
 {
-    EACH if (i < n) p[i] = a.x[i];
+    EACH (i, VLEN)
+        if (i < n)
+            p[i] = a.x[i];
 }
 static ALWAYS_INLINE vec v_load(const REAL *p)
 {
@@ -26,52 +27,61 @@ static ALWAYS_INLINE void v_store(REAL *p, vec a)
 static ALWAYS_INLINE vec v_set1(REAL x)
 {
     vec r;
-    EACH r.x[i] = x;
+    EACH (i, VLEN)
+        r.x[i] = x;
     return r;
 }
 static ALWAYS_INLINE vec v_add(vec a, vec b)
 {
-    EACH a.x[i] += b.x[i];
+    EACH (i, VLEN)
+        a.x[i] += b.x[i];
     return a;
 }
 static ALWAYS_INLINE vec v_sub(vec a, vec b)
 {
-    EACH a.x[i] -= b.x[i];
+    EACH (i, VLEN)
+        a.x[i] -= b.x[i];
     return a;
 }
 static ALWAYS_INLINE vec v_mul(vec a, vec b)
 {
-    EACH a.x[i] *= b.x[i];
+    EACH (i, VLEN)
+        a.x[i] *= b.x[i];
     return a;
 }
 static ALWAYS_INLINE vec v_div(vec a, vec b)
 {
-    EACH a.x[i] /= b.x[i];
+    EACH (i, VLEN)
+        a.x[i] /= b.x[i];
     return a;
 }
 static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
 {
-    EACH a.x[i] = FMA(a.x[i], b.x[i], c.x[i]);
+    EACH (i, VLEN)
+        a.x[i] = FMA(a.x[i], b.x[i], c.x[i]);
     return a;
 }
 static ALWAYS_INLINE vec v_max(vec a, vec b)
 {
-    EACH a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
+    EACH (i, VLEN)
+        a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
     return a;
 }
 static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
 {
-    EACH y.x[i] = a.x[i] == b.x[i] ? x.x[i] : y.x[i];
+    EACH (i, VLEN)
+        y.x[i] = a.x[i] == b.x[i] ? x.x[i] : y.x[i];
     return y;
 }
 static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
 {
-    EACH y.x[i] = a.x[i] < b.x[i] ? x.x[i] : y.x[i];
+    EACH (i, VLEN)
+        y.x[i] = a.x[i] < b.x[i] ? x.x[i] : y.x[i];
     return y;
 }
 static ALWAYS_INLINE vec v_pow2(vec t)
 {
-    EACH {
+    EACH (i, VLEN) {
         BITS u;
         memcpy(&u, &t.x[i], sizeof u);
         u <<= MANTISSA;
@@ -88,4 +98,3 @@ static ALWAYS_INLINE void v_transpose(vec *v)
             v[j].x[i] = x;
         }
 }
-#undef EACH

@@ -44,3 +44,8 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+
+/* A loop unrolled whole: n is a constant after inlining. */
+#define EACH(i, n)                                                                                 \
+    UNROLL                                                                                         \
+    for (int i = 0; i < (n); i++)

