@@ -87,33 +87,51 @@ typedef struct {
     const void *k_block, *v_block;
     idx k_row, k_col, v_row; /* strides of the two, in elements */
 
-    /* Workspace, laid out by the kernel. [..][lanes] arrays have queries in the lanes. */
-    void *q_panel;           /* [head_dim][lanes], scaled by scale * log2(e) */
-    void *s;                 /* [MHA_KEY_BLOCK][lanes] scores, then probabilities */
-    void *o, *o_block;       /* [head_dim_v][lanes] */
-    void *m, *l;             /* [lanes] running row max (log2 units) and row sum */
-    void *m_block, *l_block; /* [lanes] the same of the block at hand */
-    void *a, *b;             /* [lanes] factors of o and o_block when they merge */
+    /* Workspace. Prefill has queries in the lanes, decode has rows of keys and head dims. */
+    void *m, *l, *o;         /* the state: running row max (log2 units), row sum, weighted sum */
+    size_t state_bytes;      /* of the three together */
+    void *m_block, *l_block; /* max and sum of the block at hand */
+    void *a, *b;             /* factors of the state and of the block when they merge */
+    void *q_panel;           /* Q times scale * log2(e), in the kernel's order */
+    void *s;                 /* scores, then probabilities */
+    void *o_block;           /* prefill: weighted sum in pieces; decode: K^T of a panel of keys */
     void *k_copy, *v_copy;   /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
     void *strip;             /* rows on their way through a transpose or a conversion */
 } mha_tile;
 
 typedef struct {
-    int lanes;
+    int lanes; /* rows of a full tile */
+    size_t (*state_bytes)(const mha_problem *);
     mha_tile *(*begin)(const mha_problem *, idx task); /* NULL: out of memory */
     int (*scores_block)(mha_tile *, idx block);        /* 0: no key of it is visible */
     void (*softmax_block)(mha_tile *);
     void (*weighted_sum_block)(mha_tile *);
+    void (*save)(mha_tile *, void *record); /* put the state aside and start a new one */
+    void (*merge)(mha_tile *, const void *record);
     void (*finish)(mha_tile *);
-    void (*exp2)(const void *x, void *y, idx n);    /* the exponential, for its tests */
-    double (*fma_chain)(idx rounds, double *flops); /* FMA peak, for benchmarks */
-    double (*read_all)(const void *x, idx n);       /* read bandwidth, for benchmarks */
 } mha_kernel;
 
 typedef struct {
+    const mha_kernel *prefill, *decode; /* tiles of many rows, and of decode->lanes at most */
+    void (*exp2)(const void *x, void *y, idx n);    /* the exponential, for its tests */
+    double (*fma_chain)(idx rounds, double *flops); /* FMA peak, for benchmarks */
+    double (*read_all)(const void *x, idx n);       /* read bandwidth, for benchmarks */
+} mha_kernels;
+
+typedef struct {
     const char *name;
-    const mha_kernel *f32, *f64;
+    const mha_kernels *f32, *f64;
 } mha_isa;
+
+/* One less in *count, and whether it was the last: for threads that share work. */
+static inline int mha_was_last(int *count)
+{
+#if defined(_MSC_VER) && !defined(__clang__)
+    return _InterlockedDecrement((volatile long *)count) == 0;
+#else
+    return __atomic_sub_fetch(count, 1, __ATOMIC_ACQ_REL) == 0;
+#endif
+}
 
 /* dispatch.c: the compiled-in ISAs, fastest first; NULL past the last. */
 const mha_isa *mha_isa_at(int i);
@@ -122,7 +140,8 @@ int mha_isa_usable(int i);
 /* tile.c: geometry, free of dtype and ISA. */
 idx mha_tile_count(const mha_problem *problem, int lanes);
 void mha_tile_begin(mha_tile *tile, const mha_problem *problem, idx task, int lanes, int vlen);
-int mha_tile_block(mha_tile *tile, idx block, int vlen);
+int mha_tile_rows(const mha_problem *problem, idx task, int lanes);
+int mha_tile_block(mha_tile *tile, idx block);
 
 /* workspace.c: one grow-only buffer per thread, 64-byte aligned, freed when the thread ends. */
 void *mha_workspace(size_t bytes);

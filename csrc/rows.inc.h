@@ -63,70 +63,33 @@ static const void *FN(block_rows)(const mha_array *a, const char *block, const m
     return copy;
 }
 
-/* Q into the lanes: panel[head_dim][LANES] = Q^T * factor, zero in lanes past the last row. */
-static void FN(pack_q)(mha_tile *t, REAL factor)
+/* VLEN rows of `n` numbers from column d on, transposed and times scale, into VLEN rows of
+ * `lanes`. Columns past n become zeros; n is a constant VLEN but for the last. */
+static ALWAYS_INLINE void FN(into_lanes)(const REAL *const *row, idx d, int n, vec scale,
+                                         REAL *lanes, idx stride)
 {
-    const mha_array *q = &t->problem->q;
-    const idx dim = t->problem->head_dim;
-    REAL *panel = t->q_panel, *strip = t->strip;
-    const vec scale = v_set1(factor);
-
-    for (int g = 0; g < t->vectors; g++) {
-        const REAL *row[VLEN];
-        const int live = t->rows - g * VLEN < VLEN ? t->rows - g * VLEN : VLEN;
-        for (int i = 0; i < live; i++) {
-            const char *src = t->q_row[g * VLEN + i];
-            row[i] = (const REAL *)src;
-            if (!FN(in_place)(src, 0, q->col, q->dtype) || q->col != sizeof(REAL)) {
-                row[i] = strip + i * dim;
-                FN(read_row)(strip + i * dim, src, q->col, dim, q->dtype);
-            }
-        }
-        for (idx d = 0; d < dim; d += VLEN) {
-            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
-            vec v[VLEN];
-            for (int i = 0; i < live; i++)
-                v[i] = n == VLEN ? v_load(row[i] + d) : v_load_n(row[i] + d, n);
-            for (int i = live; i < VLEN; i++)
-                v[i] = v_set1(0);
-            v_transpose(v);
-            for (int c = 0; c < n; c++)
-                v_store(panel + (d + c) * LANES + g * VLEN, v_mul(v[c], scale));
-        }
-    }
+    vec v[VLEN];
+    EACH (i, VLEN)
+        v[i] = n == VLEN ? v_load(row[i] + d) : v_load_n(row[i] + d, n);
+    v_transpose(v);
+    EACH (c, VLEN)
+        v_store(lanes + c * stride, v_mul(v[c], scale));
 }
 
-/* O out of the lanes: out rows = O^T * (1 / l). Adding +0 turns -0 into +0, so that adding the
- * zeros of hidden keys, which tile shape decides, cannot show in the sign of a zero. */
-static void FN(unpack_o)(mha_tile *t, const REAL *inverse)
+/* The way back: the first `live` rows get n numbers from column d on. Adding +0 turns -0 into +0,
+ * so that adding the zeros of hidden keys, which tile shape decides, cannot show in the sign. */
+static ALWAYS_INLINE void FN(from_lanes)(const REAL *lanes, vec scale, REAL *const *row, idx d,
+                                         int n, int live)
 {
-    const mha_array *out = &t->problem->out;
-    const idx dim = t->problem->head_dim_v;
-    const REAL *o = t->o;
-    REAL *strip = t->strip;
-
-    for (int g = 0; g < t->vectors; g++) {
-        const vec scale = v_load(inverse + g * VLEN);
-        const int live = t->rows - g * VLEN < VLEN ? t->rows - g * VLEN : VLEN;
-        const int direct = FN(in_place)(t->out_row[g * VLEN], out->row, out->col, out->dtype) &&
-                           out->head % (idx)sizeof(REAL) == 0 && out->col == sizeof(REAL);
-        for (idx d = 0; d < dim; d += VLEN) {
-            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
-            vec v[VLEN];
-            for (int c = 0; c < n; c++)
-                v[c] = v_fma(v_load(o + (d + c) * LANES + g * VLEN), scale, v_set1(0));
-            for (int c = n; c < VLEN; c++)
-                v[c] = v_set1(0);
-            v_transpose(v);
-            for (int i = 0; i < live; i++) {
-                REAL *row = direct ? (REAL *)t->out_row[g * VLEN + i] : strip + i * dim;
-                if (n == VLEN)
-                    v_store(row + d, v[i]);
-                else
-                    v_store_n(row + d, v[i], n);
-            }
+    vec v[VLEN];
+    EACH (c, VLEN)
+        v[c] = v_fma(v_load(lanes + c * LANES), scale, v_set1(0));
+    v_transpose(v);
+    EACH (i, VLEN)
+        if (i < live) {
+            if (n == VLEN)
+                v_store(row[i] + d, v[i]);
+            else
+                v_store_n(row[i] + d, v[i], n);
         }
-        for (int i = 0; i < live && !direct; i++)
-            FN(write_row)(t->out_row[g * VLEN + i], strip + i * dim, out->col, dim, out->dtype);
-    }
 }

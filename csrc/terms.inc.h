@@ -41,56 +41,25 @@ static ALWAYS_INLINE vec FN(with_term)(vec s, vec term)
     return v_if_equal(term, minus_inf, minus_inf, sum);
 }
 
-/* Add term n to the scores. Its rows are queries, so VLEN rows are transposed into the lanes;
- * a row that all queries share is broadcast. */
-static void FN(add_term)(mha_tile *t, int n)
+/* Set the tile to a block of keys; k_any_col: K may have any stride along head_dim. Returns how
+ * many terms must be added (listed in `mixed`), or -1 where no key of the block is visible. */
+static int FN(open_block)(mha_tile *t, idx block, int *mixed, int k_any_col)
 {
-    const mha_array *term = &t->problem->terms[n];
-    const int shared = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
-    REAL *strip = t->strip;
-
-    for (int g = 0; g < t->vectors; g++) {
-        const int keys = t->end[g] - t->begin[g];
-        REAL *s = (REAL *)t->s + t->begin[g] * LANES + g * VLEN;
-        for (int i = 0; i < (shared ? 1 : VLEN); i++)
-            FN(term_row)(t, n, g * VLEN + i, strip + i * MHA_KEY_BLOCK);
-        for (int j = 0; j < keys; j += VLEN) {
-            const int live = keys - j < VLEN ? keys - j : VLEN;
-            vec v[VLEN];
-            for (int i = 0; i < VLEN; i++)
-                v[i] = shared ? v_set1(strip[j + i]) : v_load(strip + i * MHA_KEY_BLOCK + j);
-            if (!shared)
-                v_transpose(v);
-            for (int i = 0; i < live; i++)
-                v_store(s + (j + i) * LANES, FN(with_term)(v_load(s + (j + i) * LANES), v[i]));
-        }
+    const mha_problem *p = t->problem;
+    int num_mixed = 0;
+    idx unused;
+    if (!mha_tile_block(t, block))
+        return -1;
+    for (int n = 0; n < p->num_terms; n++) {
+        const int effect = FN(term_effect)(t, n);
+        if (effect == TERM_HIDES_ALL)
+            return -1;
+        if (effect == TERM_MIXED)
+            mixed[num_mixed++] = n;
     }
-}
-
-/* Hide what lies outside a lane's interval, and take the maximum anew: that of the product may
- * come from a key that the lane does not see. */
-static void FN(hide)(mha_tile *t)
-{
-    const vec minus_inf = v_set1(-(REAL)INFINITY);
-    for (int g = 0; g < t->vectors; g++) {
-        REAL *s = (REAL *)t->s + g * VLEN;
-        REAL lo[VLEN], hi[VLEN];
-        vec best = v_set1(-LARGEST);
-        for (int i = 0; i < VLEN; i++) { /* clipped to the block, so exact in REAL */
-            const idx a = t->lo[g * VLEN + i] - t->key0, b = t->hi[g * VLEN + i] - t->key0;
-            lo[i] = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
-            hi[i] = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
-        }
-        const vec first = v_load(lo), past = v_load(hi);
-        for (int j = t->begin[g]; j < t->end[g]; j++) {
-            const vec key = v_set1((REAL)j);
-            vec x = v_load(s + j * LANES);
-            if (t->hidden) {
-                x = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
-                v_store(s + j * LANES, x);
-            }
-            best = v_max(x, best);
-        }
-        v_store((REAL *)t->m_block + g * VLEN, best);
-    }
+    t->k_block = FN(block_rows)(&p->k, t->k + t->key0 * p->k.row, t, p->head_dim, t->k_copy,
+                                &t->k_row, &t->k_col, k_any_col);
+    t->v_block = FN(block_rows)(&p->v, t->v + t->key0 * p->v.row, t, p->head_dim_v, t->v_copy,
+                                &t->v_row, &unused, 0);
+    return num_mixed;
 }

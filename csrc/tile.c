@@ -35,6 +35,17 @@ idx mha_tile_count(const mha_problem *p, int lanes)
     return p->batch * p->kv_heads * tiles_per_head(p, lanes);
 }
 
+static idx first_row(const mha_problem *p, idx task, int lanes)
+{
+    const idx tiles = tiles_per_head(p, lanes);
+    return (tiles - 1 - task % tiles) * lanes;
+}
+
+int mha_tile_rows(const mha_problem *p, idx task, int lanes)
+{
+    return (int)min(lanes, p->group_size * p->seqlen_q - first_row(p, task, lanes));
+}
+
 /* Byte offset of batch entry `batch` in an array, by its broadcast strides. */
 static idx batch_offset(const mha_problem *p, const mha_array *a, idx batch)
 {
@@ -72,7 +83,7 @@ static mha_reach reach_of(const mha_tile *t, int first, int last)
 void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int vlen)
 {
     idx tiles = tiles_per_head(p, lanes);
-    idx first = (tiles - 1 - task % tiles) * lanes, kv_head = task / tiles % p->kv_heads;
+    idx first = first_row(p, task, lanes), kv_head = task / tiles % p->kv_heads;
     idx batch = task / tiles / p->kv_heads;
     idx length = clamp(integer_of(p, &p->kv_lengths, batch, p->seqlen_k), 0, p->seqlen_k);
     idx offset = integer_of(p, &p->q_offset, batch, length - p->seqlen_q);
@@ -86,7 +97,7 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     t->problem = p;
     t->k = p->k.data + batch_offset(p, &p->k, batch) + kv_head * p->k.head;
     t->v = p->v.data + batch_offset(p, &p->v, batch) + kv_head * p->v.head;
-    t->rows = (int)min(lanes, p->group_size * p->seqlen_q - first);
+    t->rows = mha_tile_rows(p, task, lanes);
     t->vectors = (t->rows + vlen - 1) / vlen;
 
     idx i = first / p->group_size, in_group = first % p->group_size;
@@ -145,7 +156,7 @@ static int in_block(const mha_tile *t, idx key)
 }
 
 /* Set the tile to key block `block`; 0 when no lane may see any key of it. */
-int mha_tile_block(mha_tile *t, idx block, int vlen)
+int mha_tile_block(mha_tile *t, idx block)
 {
     t->key0 = block * MHA_KEY_BLOCK;
     t->hidden = 0;

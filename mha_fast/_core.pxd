@@ -9,6 +9,7 @@ cdef extern from "mha.h" nogil:
     enum:
         MHA_MAX_AXES
         MHA_MAX_TERMS
+        MHA_KEY_BLOCK
         MHA_BOOL
         MHA_F16
         MHA_BF16
@@ -53,23 +54,32 @@ cdef extern from "mha.h" nogil:
 
     ctypedef struct mha_kernel:
         int lanes
+        size_t (*state_bytes)(const mha_problem *) noexcept nogil
         mha_tile *(*begin)(const mha_problem *, idx task) noexcept nogil
         int (*scores_block)(mha_tile *, idx block) noexcept nogil
         void (*softmax_block)(mha_tile *) noexcept nogil
         void (*weighted_sum_block)(mha_tile *) noexcept nogil
+        void (*save)(mha_tile *, void *record) noexcept nogil
+        void (*merge)(mha_tile *, const void *record) noexcept nogil
         void (*finish)(mha_tile *) noexcept nogil
+
+    ctypedef struct mha_kernels:
+        const mha_kernel *prefill
+        const mha_kernel *decode
         void (*exp2)(const void *x, void *y, idx n) noexcept nogil
         double (*fma_chain)(idx rounds, double *flops) noexcept nogil
         double (*read_all)(const void *x, idx n) noexcept nogil
 
     ctypedef struct mha_isa:
         const char *name
-        const mha_kernel *f32
-        const mha_kernel *f64
+        const mha_kernels *f32
+        const mha_kernels *f64
 
+    int mha_was_last(int *count)
     const mha_isa *mha_isa_at(int i)
     int mha_isa_usable(int i)
     idx mha_tile_count(const mha_problem *problem, int lanes)
+    int mha_tile_rows(const mha_problem *problem, idx task, int lanes)
 
 
 cdef extern from "openmp.h" nogil:

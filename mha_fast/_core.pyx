@@ -11,6 +11,7 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 cnp.import_array()
@@ -21,78 +22,136 @@ COMPILER = MHA_COMPILER.decode()
 
 # ---- The algorithm: tasks, blocks of keys, and three steps per block -----------------------------
 
-cdef int attend(const mha_problem *problem, const mha_kernel *kernel, idx task) noexcept nogil:
-    """One tile of queries over every block of keys it can see, as in the paper."""
-    cdef idx block
-    cdef mha_tile *tile = kernel.begin(problem, task)      # Q^T * scale into the lanes
-    if tile == NULL:
-        return OUT_OF_MEMORY
-    for block in range(tile.first_block, tile.last_block):
-        if kernel.scores_block(tile, block):               # S^T = K Q^T, masked
-            kernel.softmax_block(tile)                     # P^T = exp(S^T - max), sums
-            kernel.weighted_sum_block(tile)                # O^T = rescaled O^T + V^T P^T
-    kernel.finish(tile)                                    # O / sum, log-sum-exp
-    return OK
-
-
 cdef enum:
     OK
     OUT_OF_MEMORY
     INTERRUPTED
 
-# Work per thread, in floating-point operations, below which waking it costs more than it gives:
-# a region on two hot threads takes about 1 us, 100,000 operations at 100 GFLOP/s. Ten times that.
+# Work is counted in floating-point operations; reading a byte of K or V from memory takes a
+# thread about as long as two of them.
+cdef double WORK_PER_BYTE = 2
+# Work per thread below which waking it costs more than it gives: a region on two hot threads
+# takes about 1 us, 100,000 operations at 100 GFLOP/s. Ten times that.
 cdef double WORK_PER_THREAD = 1e6
 # Work between two looks at Ctrl-C: about 20 ms on one thread.
 cdef double WORK_PER_SIGNAL_CHECK = 2e9
+# Tasks per thread below which keys are split too, so that no thread waits long for the last.
+cdef int TASKS_PER_THREAD = 4
 
 
-cdef struct run_state:
+cdef struct call_state:
     const mha_problem *problem
-    const mha_kernel *kernel
-    idx tasks
+    const mha_kernels *kernels
+    idx tiles
+    idx blocks              # of keys, per tile
+    idx chunk               # blocks per task; equal to `blocks` unless keys are split
+    idx chunks              # tasks per tile
     idx signal_interval
     int status
+    # Only where keys are split: the state after each block, and the chunks still missing.
+    char *records           # [tiles][blocks][record_bytes]
+    size_t record_bytes
+    int *missing            # [tiles]
+
+
+cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
+    """One tile of queries over the blocks of keys it can see, as in the paper."""
+    cdef idx block, first = chunk * call.chunk, last = first + call.chunk
+    cdef bint split = call.chunks > 1
+    cdef const mha_kernel *kernel = call.kernels.prefill
+    if mha_tile_rows(call.problem, tile_index, kernel.lanes) <= call.kernels.decode.lanes:
+        kernel = call.kernels.decode                       # the same bits, faster for few rows
+    cdef mha_tile *tile = kernel.begin(call.problem, tile_index)    # Q * scale, packed
+    if tile == NULL:
+        return OUT_OF_MEMORY
+    for block in range(max(first, tile.first_block), min(last, tile.last_block)):
+        if kernel.scores_block(tile, block):               # S = Q K^T, masked
+            kernel.softmax_block(tile)                     # P = exp(S - max), sums
+            kernel.weighted_sum_block(tile)                # O = rescaled O + P V
+        if split:
+            kernel.save(tile, record_of(call, tile_index, block))
+    if split:
+        if not mha_was_last(&call.missing[tile_index]):
+            return OK
+        for block in range(tile.first_block, tile.last_block):
+            kernel.merge(tile, record_of(call, tile_index, block))  # in key order
+    kernel.finish(tile)                                    # O / sum, log-sum-exp
+    return OK
+
+
+cdef char *record_of(call_state *call, idx tile, idx block) noexcept nogil:
+    return call.records + (tile * call.blocks + block) * call.record_bytes
 
 
 cdef int pending_signal() noexcept with gil:
     return PyErr_CheckSignals()     # leaves the exception set; `run` returns -1 for it
 
 
-cdef void step(run_state *state, idx task) noexcept nogil:
-    if state.status != OK:
+cdef void step(call_state *call, idx task) noexcept nogil:
+    if call.status != OK:
         return
-    cdef int status = attend(state.problem, state.kernel, task)
-    if status == OK and omp_get_thread_num() == 0 and task % state.signal_interval == 0:
+    cdef int status = attend(call, task // call.chunks, task % call.chunks)
+    if status == OK and omp_get_thread_num() == 0 and task % call.signal_interval == 0:
         if pending_signal():
             status = INTERRUPTED
     if status != OK:
-        state.status = status
+        call.status = status
 
 
-cdef int run(const mha_problem *problem, const mha_kernel *kernel, int threads) except -1:
-    """All tiles. Threads share nothing but the counter of tasks, so they cannot change a bit."""
-    cdef run_state state
-    cdef idx task
-    cdef double work = 2.0 * problem.group_size * problem.seqlen_q * problem.seqlen_k
-    work *= problem.head_dim + problem.head_dim_v
-    state.problem = problem
-    state.kernel = kernel
-    state.status = OK
-    state.tasks = mha_tile_count(problem, kernel.lanes)
-    work *= problem.batch * problem.kv_heads
-    state.signal_interval = <idx>(1 + WORK_PER_SIGNAL_CHECK * state.tasks / (work + 1))
-    threads = min(threads, <int>min(work / WORK_PER_THREAD, 1e6), <int>min(state.tasks, 1 << 20))
-    with nogil:
-        if threads <= 1 or forked or omp_in_parallel():
-            for task in range(state.tasks):
-                step(&state, task)
-        else:
-            for task in prange(state.tasks, schedule="dynamic", chunksize=1, num_threads=threads):
-                step(&state, task)
-    if state.status == OUT_OF_MEMORY:
+cdef int split_keys(call_state *call, int threads) except -1:
+    """Where tiles are too few for the threads, make tasks of runs of key blocks, whose partial
+    results merge in key order: the arithmetic is the same, split or not."""
+    cdef const mha_problem *p = call.problem
+    cdef idx i
+    call.blocks = (p.seqlen_k + MHA_KEY_BLOCK - 1) // MHA_KEY_BLOCK
+    call.chunks, call.chunk = 1, call.blocks
+    if threads > 1 and call.tiles < TASKS_PER_THREAD * threads and call.tiles % threads:
+        call.chunks = min(call.blocks, (TASKS_PER_THREAD * threads + call.tiles - 1) // call.tiles)
+        call.chunk = (call.blocks + call.chunks - 1) // call.chunks
+        call.chunks = (call.blocks + call.chunk - 1) // call.chunk
+    if call.chunks == 1:
+        return 0
+    call.record_bytes = max(call.kernels.prefill.state_bytes(p), call.kernels.decode.state_bytes(p))
+    call.records = <char *>malloc(call.tiles * call.blocks * call.record_bytes)
+    call.missing = <int *>malloc(call.tiles * sizeof(int))
+    if call.records == NULL or call.missing == NULL:
+        raise MemoryError("no memory for the partial results of split keys")
+    for i in range(call.tiles):
+        call.missing[i] = <int>call.chunks
+    return 0
+
+
+cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) except -1:
+    """All tasks. Threads share nothing but the counter of tasks, so they cannot change a bit."""
+    cdef call_state call
+    cdef idx task, tasks
+    cdef double rows = <double>p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v)
+    cdef double work = rows * (2.0 * p.group_size * p.seqlen_q + 4 * WORK_PER_BYTE)
+    memset(&call, 0, sizeof(call))
+    call.problem = p
+    call.kernels = kernels
+    call.tiles = mha_tile_count(p, kernels.prefill.lanes)
+    threads = min(threads, <int>min(work / WORK_PER_THREAD, 1e6))
+    if forked or omp_in_parallel():
+        threads = 1
+    try:
+        split_keys(&call, threads)
+        tasks = call.tiles * call.chunks
+        threads = min(threads, <int>min(tasks, 1 << 20))
+        call.signal_interval = <idx>(1 + WORK_PER_SIGNAL_CHECK * tasks / (work + 1))
+        with nogil:
+            if threads <= 1:
+                for task in range(tasks):
+                    step(&call, task)
+            else:
+                for task in prange(tasks, schedule="dynamic", chunksize=1, num_threads=threads):
+                    step(&call, task)
+    finally:
+        free(call.records)
+        free(call.missing)
+    if call.status == OUT_OF_MEMORY:
         raise MemoryError("no memory for the scratch space of a thread")
-    return -1 if state.status == INTERRUPTED else 0
+    return -1 if call.status == INTERRUPTED else 0
 
 
 # ---- Arrays to C ---------------------------------------------------------------------------------
@@ -375,9 +434,9 @@ def openmp_version():
 def exp2(cnp.ndarray x):
     """The kernel's exponential of a contiguous float32 or float64 array, for its tests."""
     cdef cnp.ndarray y = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
-    cdef const mha_kernel *kernel = isa.f64 if dtype_of(x) == MHA_F64 else isa.f32
+    cdef const mha_kernels *kernels = isa.f64 if dtype_of(x) == MHA_F64 else isa.f32
     assert dtype_of(x) >= MHA_F32
-    kernel.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
+    kernels.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
     return y
 
 

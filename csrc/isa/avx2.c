@@ -12,6 +12,7 @@
 
 #define NV 3
 #define ROWS(nv) ((nv) == 3 ? 4 : (nv) == 2 ? 6 : 8)
+#define DECODE_NV(rows) (8 / (rows))
 
 /* Lane i is all ones where i < n: the masks of the partial loads and stores. */
 static ALWAYS_INLINE __m256i first32(int n)
@@ -185,5 +186,5 @@ static ALWAYS_INLINE void v_transpose(vec *v)
 
 #include "../kernel.inc.h"
 
-const mha_isa mha_isa_avx2 = {"avx2", &kernel_f32, &kernel_f64};
+const mha_isa mha_isa_avx2 = {"avx2", &kernels_f32, &kernels_f64};
 #endif

@@ -13,6 +13,7 @@
 
 #define NV 4
 #define ROWS(nv) ((nv) == 4 ? 6 : 8)
+#define DECODE_NV(rows) 4
 
 #define REAL float
 #define SUFFIX f32
@@ -196,5 +197,5 @@ static ALWAYS_INLINE void v_transpose(vec *v)
 
 #include "../kernel.inc.h"
 
-const mha_isa mha_isa_avx512 = {"avx512", &kernel_f32, &kernel_f64};
+const mha_isa mha_isa_avx512 = {"avx512", &kernels_f32, &kernels_f64};
 #endif

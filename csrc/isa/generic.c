@@ -7,6 +7,7 @@
 
 #define NV 2
 #define ROWS(nv) 4
+#define DECODE_NV(rows) 2
 
 #define REAL float
 #define SUFFIX f32
@@ -34,4 +35,4 @@
 
 #include "../kernel.inc.h"
 
-const mha_isa mha_isa_generic = {"generic", &kernel_f32, &kernel_f64};
+const mha_isa mha_isa_generic = {"generic", &kernels_f32, &kernels_f64};

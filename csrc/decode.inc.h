@@ -1,0 +1,246 @@
+/* Few query rows: keys in the lanes. For a panel of keys,
+ *     S = Q K^T           rows are queries, read as broadcast scalars; K is transposed in registers
+ *                         into a panel that all rows of the tile share
+ *     P = exp2(S - m)     along the rows
+ *     O (+)= P V          rows are queries; V rows are read as vectors
+ * K and V are read once for all heads of a group. Every chain runs over the same numbers in the
+ * same order as in prefill.inc.h, so the bits are the same. */
+
+#define KEY_LANES (DECODE_NV(1) * VLEN) /* keys of a panel */
+#define SCORE_ROW                                                                                  \
+    (MHA_KEY_BLOCK + KEY_LANES) /* row stride of S: room for the last panel's tail                 \
+                                 */
+
+/* Call f with a constant number of rows and the row it starts at. */
+#define BY_ROWS(total, f, ...)                                                                     \
+    do {                                                                                           \
+        int row = 0;                                                                               \
+        for (; row + 4 <= (total); row += 4)                                                       \
+            f(__VA_ARGS__, row, 4);                                                                \
+        if (row + 2 <= (total)) {                                                                  \
+            f(__VA_ARGS__, row, 2);                                                                \
+            row += 2;                                                                              \
+        }                                                                                          \
+        if (row < (total))                                                                         \
+            f(__VA_ARGS__, row, 1);                                                                \
+    } while (0)
+
+/* K^T of keys j to j + KEY_LANES - 1 into panel[head_dim][KEY_LANES]. Keys past the visible ones
+ * are not read: their lanes repeat the last. */
+static void FN(pack_k)(const mha_tile *t, int j, REAL *panel)
+{
+    const idx dim = t->problem->head_dim;
+    const vec one = v_set1(1);
+    for (int v = 0; v < KEY_LANES && j + v < t->end[0]; v += VLEN) {
+        const REAL *row[VLEN];
+        for (int i = 0; i < VLEN; i++) {
+            const int key = j + v + i < t->end[0] ? j + v + i : t->end[0] - 1;
+            row[i] = (const REAL *)t->k_block + key * t->k_row;
+        }
+        idx d = 0;
+        for (; d + VLEN <= dim; d += VLEN)
+            FN(into_lanes)(row, d, VLEN, one, panel + d * KEY_LANES + v, KEY_LANES);
+        if (d < dim)
+            FN(into_lanes)(row, d, (int)(dim - d), one, panel + d * KEY_LANES + v, KEY_LANES);
+    }
+}
+
+static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, int j, int row, int rows)
+{
+    const idx dim = t->problem->head_dim;
+    const int nv = DECODE_NV(rows);
+    const REAL *q = (const REAL *)t->q_panel + row * dim;
+    REAL *s = (REAL *)t->s + row * SCORE_ROW + j;
+    for (int v = 0; v < KEY_LANES && j + v < t->end[0]; v += nv * VLEN) {
+        vec acc[16];
+        EACH (i, rows * nv)
+            acc[i] = v_set1(0);
+        FN(multiply)(acc, rows, nv, dim, q, dim, 1, (const REAL *)t->o_block + v, KEY_LANES);
+        EACH (i, rows)
+            EACH (c, nv)
+                v_store(s + i * SCORE_ROW + v + c * VLEN, acc[i * nv + c]);
+    }
+}
+
+/* Hide what the row may not see and the tail of its last vector, and take the maximum. */
+static void FN(decode_hide)(mha_tile *t, int row)
+{
+    const vec minus_inf = v_set1(-(REAL)INFINITY);
+    const idx lo = t->lo[row] - t->key0, hi = t->hi[row] - t->key0;
+    REAL *s = (REAL *)t->s + row * SCORE_ROW, lane[VLEN], largest = -LARGEST;
+    vec best = v_set1(-LARGEST);
+    for (int i = 0; i < VLEN; i++)
+        lane[i] = (REAL)i;
+    for (int j = t->begin[0]; j < t->end[0] && t->hidden; j++)
+        if (j < lo || j >= hi)
+            s[j] = -(REAL)INFINITY;
+    v_store(s + t->end[0], minus_inf);
+    for (int j = t->begin[0]; j < t->end[0]; j += VLEN)
+        best = v_max(v_load(s + j), best);
+    v_store(lane, best);
+    for (int i = 0; i < VLEN; i++)
+        largest = lane[i] > largest || lane[i] != lane[i] ? lane[i] : largest;
+    ((REAL *)t->m_block)[row] = largest;
+}
+
+static int FN(decode_scores)(mha_tile *t, idx block)
+{
+    int mixed[MHA_MAX_TERMS];
+    const int num_mixed = FN(open_block)(t, block, mixed, 0);
+    if (num_mixed < 0)
+        return 0;
+    for (int j = t->begin[0]; j < t->end[0]; j += KEY_LANES) {
+        FN(pack_k)(t, j, t->o_block);
+        BY_ROWS(t->rows, FN(decode_score_rows), t, j);
+    }
+    for (int row = 0; row < t->rows; row++) {
+        REAL *s = (REAL *)t->s + row * SCORE_ROW, *term = t->strip;
+        for (int n = 0; n < num_mixed; n++) {
+            FN(term_row)(t, mixed[n], row, term);
+            for (int j = t->begin[0]; j < t->end[0]; j += VLEN)
+                v_store(s + j, FN(with_term)(v_load(s + j), v_load(term + j - t->begin[0])));
+        }
+        FN(decode_hide)(t, row);
+    }
+    t->hidden |= num_mixed > 0;
+    return 1;
+}
+
+static void FN(decode_softmax)(mha_tile *t)
+{
+    const vec minus_inf = v_set1(-(REAL)INFINITY), minus_zero = v_set1((REAL)-0.0);
+    for (int row = 0; row < t->rows; row++) {
+        REAL *s = (REAL *)t->s + row * SCORE_ROW, sum = 0;
+        const vec m = v_set1(((REAL *)t->m_block)[row]);
+        for (int j = t->begin[0]; j < t->end[0]; j += VLEN) {
+            const vec x = v_load(s + j), p = FN(exp2_vec)(v_sub(x, m));
+            v_store(s + j, v_if_equal(x, minus_inf, minus_zero, p));
+        }
+        for (int j = t->begin[0]; j < t->end[0]; j++)
+            sum += s[j];
+        ((REAL *)t->l_block)[row] = sum;
+    }
+}
+
+/* o[row][d..] = o * a + b * (P V) for nv vectors of head dims. */
+static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int row, int rows, int nv,
+                                                 idx d)
+{
+    const int begin = t->begin[0], end = t->end[0];
+    REAL *o = (REAL *)t->o + row * t->problem->head_dim_v + d;
+    vec acc[16];
+    EACH (i, rows * nv)
+        acc[i] = v_set1(0);
+    FN(multiply)(acc, rows, nv, end - begin, (const REAL *)t->s + row * SCORE_ROW + begin,
+                 SCORE_ROW, 1, (const REAL *)t->v_block + begin * t->v_row + d, t->v_row);
+    EACH (i, rows) {
+        const vec a = v_set1(((REAL *)t->a)[row + i]), b = v_set1(((REAL *)t->b)[row + i]);
+        EACH (v, nv) {
+            REAL *at = o + i * t->problem->head_dim_v + v * VLEN;
+            v_store(at, v_fma(v_load(at), a, v_mul(acc[i * nv + v], b)));
+        }
+    }
+}
+
+/* The last n < VLEN head dims, and the guarded case: one row, one vector, key by key. Where V
+ * holds an Inf or NaN and some key is hidden, the keys marked by -0 are left out. */
+static void FN(decode_value_tail)(const mha_tile *t, int row, idx d, int n, int guarded)
+{
+    const REAL *p = (const REAL *)t->s + row * SCORE_ROW, *v = (const REAL *)t->v_block + d;
+    REAL *o = (REAL *)t->o + row * t->problem->head_dim_v + d;
+    vec acc = v_set1(0);
+    for (int j = t->begin[0]; j < t->end[0]; j++)
+        if (!guarded || p[j] != 0 || !signbit(p[j]))
+            acc = v_fma(v_set1(p[j]),
+                        n == VLEN ? v_load(v + j * t->v_row) : v_load_n(v + j * t->v_row, n), acc);
+    const vec old = n == VLEN ? v_load(o) : v_load_n(o, n);
+    acc = v_fma(old, v_set1(((REAL *)t->a)[row]), v_mul(acc, v_set1(((REAL *)t->b)[row])));
+    if (n == VLEN)
+        v_store(o, acc);
+    else
+        v_store_n(o, acc, n);
+}
+
+static ALWAYS_INLINE void FN(decode_value_rows)(const mha_tile *t, int guarded, int row, int rows)
+{
+    const int nv = DECODE_NV(rows);
+    const idx dim = t->problem->head_dim_v;
+    idx d = 0;
+    for (; d + nv * VLEN <= dim && !guarded; d += nv * VLEN)
+        FN(decode_value_chunk)(t, row, rows, nv, d);
+    for (; d + VLEN <= dim && !guarded; d += VLEN)
+        FN(decode_value_chunk)(t, row, rows, 1, d);
+    for (; d < dim; d += VLEN)
+        for (int i = 0; i < rows; i++)
+            FN(decode_value_tail)(t, row + i, d, dim - d < VLEN ? (int)(dim - d) : VLEN, guarded);
+}
+
+static void FN(decode_weighted_sum)(mha_tile *t)
+{
+    const int guarded = t->hidden && !FN(values_finite)(t);
+    FN(merge_sums)(t, t->m_block, t->l_block, 1);
+    BY_ROWS(t->rows, FN(decode_value_rows), t, guarded);
+}
+
+static void FN(decode_merge)(mha_tile *t, const void *record)
+{
+    const char *r = record;
+    const idx dim = t->problem->head_dim_v, l = (char *)t->l - (char *)t->m;
+    const REAL *part = (const REAL *)(r + ((char *)t->o - (char *)t->m));
+    REAL *o = t->o;
+    FN(merge_sums)(t, (const REAL *)r, (const REAL *)(r + l), 1);
+    for (int row = 0; row < t->rows; row++) {
+        const vec a = v_set1(((REAL *)t->a)[row]), b = v_set1(((REAL *)t->b)[row]);
+        for (idx d = 0; d < dim; d += VLEN, o += VLEN, part += VLEN) {
+            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
+            const vec sum = v_mul(n == VLEN ? v_load(part) : v_load_n(part, n), b);
+            if (n == VLEN) {
+                v_store(o, v_fma(v_load(o), a, sum));
+                continue;
+            }
+            v_store_n(o, v_fma(v_load_n(o, n), a, sum), n);
+            o += n - VLEN;
+            part += n - VLEN;
+        }
+    }
+}
+
+static FN(shape) FN(decode_shape)(const mha_problem *p)
+{
+    return (FN(shape)){VLEN * p->head_dim, VLEN * SCORE_ROW, VLEN * p->head_dim_v,
+                       (p->head_dim + VLEN) * KEY_LANES};
+}
+
+static size_t FN(decode_state_bytes)(const mha_problem *p)
+{
+    const FN(shape) shape = FN(decode_shape)(p);
+    return FN(state_bytes)(&shape);
+}
+
+static mha_tile *FN(decode_begin)(const mha_problem *p, idx task)
+{
+    const FN(shape) shape = FN(decode_shape)(p);
+    const REAL factor = (REAL)(p->scale * LOG2_E);
+    mha_tile *t = FN(open_tile)(p, task, &shape);
+    for (int row = 0; t && row < t->rows; row++) {
+        REAL *q = (REAL *)t->q_panel + row * p->head_dim;
+        FN(read_row)(q, t->q_row[row], p->q.col, p->head_dim, p->q.dtype);
+        for (idx d = 0; d < p->head_dim; d++)
+            q[d] *= factor;
+    }
+    return t;
+}
+
+static void FN(decode_finish)(mha_tile *t)
+{
+    const mha_array *out = &t->problem->out;
+    const idx dim = t->problem->head_dim_v;
+    REAL inverse[LANES];
+    FN(finish_sums)(t, inverse);
+    for (int row = 0; row < t->rows; row++) {
+        REAL *o = (REAL *)t->o + row * dim;
+        for (idx d = 0; d < dim; d++) /* + 0: see from_lanes */
+            o[d] = o[d] * inverse[row] + 0;
+        FN(write_row)(t->out_row[row], o, out->col, dim, out->dtype);
+    }
+}

@@ -1,0 +1,334 @@
+/* Many queries: one in each lane. For a block of keys,
+ *     S^T = K Q^T          rows are keys; K is read as broadcast scalars
+ *     P^T = exp2(S^T - m)  straight down the columns
+ *     O^T (+)= V^T P^T     rows are head dims; V is read as broadcast scalars
+ * so neither K nor V is packed, and only Q and O are transposed, once per tile. */
+
+/* Call f with a constant number of vectors. */
+#define BY_WIDTH(width, f, ...)                                                                    \
+    do {                                                                                           \
+        if ((width) == 1)                                                                          \
+            f(__VA_ARGS__, 1);                                                                     \
+        else if (NV > 2 && (width) == 2)                                                           \
+            f(__VA_ARGS__, 2);                                                                     \
+        else if (NV > 3 && (width) == 3)                                                           \
+            f(__VA_ARGS__, NV > 3 ? 3 : NV);                                                       \
+        else                                                                                       \
+            f(__VA_ARGS__, NV);                                                                    \
+    } while (0)
+
+/* Scores of `rows` keys from key j on, and their maximum. */
+static ALWAYS_INLINE void FN(score_rows)(const mha_tile *t, int rows, int nv, int j, idx lane,
+                                         vec *best)
+{
+    vec acc[8 * NV];
+    REAL *s = (REAL *)t->s + j * LANES + lane;
+    EACH (i, rows)
+        EACH (v, nv)
+            acc[i * nv + v] = v_set1(0);
+    FN(multiply)(acc, rows, nv, t->problem->head_dim, (const REAL *)t->k_block + j * t->k_row,
+                 t->k_row, t->k_col, (const REAL *)t->q_panel + lane, LANES);
+    EACH (i, rows)
+        EACH (v, nv) {
+            v_store(s + i * LANES + v * VLEN, acc[i * nv + v]);
+            best[v] = v_max(acc[i * nv + v], best[v]);
+        }
+}
+
+static ALWAYS_INLINE void FN(score_segment)(const mha_tile *t, const mha_segment *seg, int nv)
+{
+    const idx lane = seg->first * VLEN;
+    REAL *m = (REAL *)t->m_block + lane;
+    vec best[NV];
+    int j = seg->begin;
+    EACH (v, nv)
+        best[v] = v_load(m + v * VLEN);
+    for (; j + ROWS(nv) <= seg->end; j += ROWS(nv))
+        FN(score_rows)(t, ROWS(nv), nv, j, lane, best);
+    for (; j + 2 <= seg->end; j += 2)
+        FN(score_rows)(t, 2, nv, j, lane, best);
+    if (j < seg->end)
+        FN(score_rows)(t, 1, nv, j, lane, best);
+    EACH (v, nv)
+        v_store(m + v * VLEN, best[v]);
+}
+
+/* Add term n to the scores. Its rows are queries, so VLEN rows are transposed into the lanes;
+ * a row that all queries share is broadcast. */
+static void FN(prefill_add_term)(mha_tile *t, int n)
+{
+    const mha_array *term = &t->problem->terms[n];
+    const int shared = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
+    REAL *strip = t->strip;
+
+    for (int g = 0; g < t->vectors; g++) {
+        const int keys = t->end[g] - t->begin[g];
+        REAL *s = (REAL *)t->s + t->begin[g] * LANES + g * VLEN;
+        for (int i = 0; i < (shared ? 1 : VLEN); i++)
+            FN(term_row)(t, n, g * VLEN + i, strip + i * MHA_KEY_BLOCK);
+        for (int j = 0; j < keys; j += VLEN) {
+            const int live = keys - j < VLEN ? keys - j : VLEN;
+            vec v[VLEN];
+            for (int i = 0; i < VLEN; i++)
+                v[i] = shared ? v_set1(strip[j + i]) : v_load(strip + i * MHA_KEY_BLOCK + j);
+            if (!shared)
+                v_transpose(v);
+            for (int i = 0; i < live; i++)
+                v_store(s + (j + i) * LANES, FN(with_term)(v_load(s + (j + i) * LANES), v[i]));
+        }
+    }
+}
+
+/* Hide what lies outside a lane's interval, and take the maximum anew: that of the product may
+ * come from a key that the lane does not see. */
+static void FN(prefill_hide)(mha_tile *t)
+{
+    const vec minus_inf = v_set1(-(REAL)INFINITY);
+    for (int g = 0; g < t->vectors; g++) {
+        REAL *s = (REAL *)t->s + g * VLEN;
+        REAL lo[VLEN], hi[VLEN];
+        vec best = v_set1(-LARGEST);
+        for (int i = 0; i < VLEN; i++) { /* clipped to the block, so exact in REAL */
+            const idx a = t->lo[g * VLEN + i] - t->key0, b = t->hi[g * VLEN + i] - t->key0;
+            lo[i] = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
+            hi[i] = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
+        }
+        const vec first = v_load(lo), past = v_load(hi);
+        for (int j = t->begin[g]; j < t->end[g]; j++) {
+            const vec key = v_set1((REAL)j);
+            vec x = v_load(s + j * LANES);
+            if (t->hidden) {
+                x = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
+                v_store(s + j * LANES, x);
+            }
+            best = v_max(x, best);
+        }
+        v_store((REAL *)t->m_block + g * VLEN, best);
+    }
+}
+
+static int FN(prefill_scores)(mha_tile *t, idx block)
+{
+    int mixed[MHA_MAX_TERMS];
+    const int num_mixed = FN(open_block)(t, block, mixed, 1);
+    if (num_mixed < 0)
+        return 0;
+    for (int v = 0; v < t->vectors; v++)
+        v_store((REAL *)t->m_block + v * VLEN, v_set1(-LARGEST));
+    for (int n = 0; n < t->num_segments; n++) {
+        const mha_segment *seg = &t->segment[n];
+        BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
+    }
+    for (int n = 0; n < num_mixed; n++)
+        FN(prefill_add_term)(t, mixed[n]);
+    if (num_mixed || t->hidden)
+        FN(prefill_hide)(t);
+    t->hidden |= num_mixed > 0;
+    return 1;
+}
+
+/* S -> P in place, and the block's row sums. A hidden key becomes -0: it adds nothing to any sum,
+ * and its sign tells value_segment_guarded that V may not be read for it. */
+static void FN(prefill_softmax)(mha_tile *t)
+{
+    const vec minus_inf = v_set1(-INFINITY), minus_zero = v_set1((REAL)-0.0);
+    for (int g = 0; g < t->vectors; g++) {
+        REAL *s = (REAL *)t->s + g * VLEN;
+        const vec m = v_load((REAL *)t->m_block + g * VLEN);
+        vec sum = v_set1(0);
+        if (!t->hidden)
+            for (int j = t->begin[g]; j < t->end[g]; j++) {
+                const vec p = FN(exp2_vec)(v_sub(v_load(s + j * LANES), m));
+                v_store(s + j * LANES, p);
+                sum = v_add(sum, p);
+            }
+        else
+            for (int j = t->begin[g]; j < t->end[g]; j++) {
+                const vec x = v_load(s + j * LANES), p = FN(exp2_vec)(v_sub(x, m));
+                v_store(s + j * LANES, v_if_equal(x, minus_inf, minus_zero, p));
+                sum = v_add(sum, p);
+            }
+        v_store((REAL *)t->l_block + g * VLEN, sum);
+    }
+}
+
+/* Weighted sums of `rows` head dims from d on over one segment. With factors a and b, [LANES] each
+ * in memory (in registers they would displace the operands of the loop), they merge into o at
+ * once: the segment is the whole block. Without, they are carried on in o_block. */
+static ALWAYS_INLINE void FN(value_rows)(const mha_tile *t, const mha_segment *seg, int rows,
+                                         int nv, idx d, const REAL *a, const REAL *b)
+{
+    vec acc[8 * NV];
+    const idx lane = seg->first * VLEN;
+    REAL *o = (REAL *)t->o + d * LANES + lane, *part = (REAL *)t->o_block + d * LANES + lane;
+    EACH (i, rows)
+        EACH (v, nv)
+            acc[i * nv + v] = a ? v_set1(0) : v_load(part + i * LANES + v * VLEN);
+    FN(multiply)(acc, rows, nv, seg->end - seg->begin,
+                 (const REAL *)t->v_block + seg->begin * t->v_row + d, 1, t->v_row,
+                 (const REAL *)t->s + seg->begin * LANES + lane, LANES);
+    EACH (i, rows)
+        EACH (v, nv) {
+            const idx at = i * LANES + v * VLEN;
+            if (a)
+                v_store(o + at, v_fma(v_load(o + at), v_load(a + lane + v * VLEN),
+                                      v_mul(acc[i * nv + v], v_load(b + lane + v * VLEN))));
+            else
+                v_store(part + at, acc[i * nv + v]);
+        }
+}
+
+static ALWAYS_INLINE void FN(value_segment)(const mha_tile *t, const mha_segment *seg,
+                                            const REAL *a, const REAL *b, int nv)
+{
+    const idx dim = t->problem->head_dim_v;
+    idx d = 0;
+    for (; d + ROWS(nv) <= dim; d += ROWS(nv))
+        FN(value_rows)(t, seg, ROWS(nv), nv, d, a, b);
+    for (; d + 2 <= dim; d += 2)
+        FN(value_rows)(t, seg, 2, nv, d, a, b);
+    if (d < dim)
+        FN(value_rows)(t, seg, 1, nv, d, a, b);
+}
+
+/* The same for a block where some lane may not see some key and V holds an Inf or NaN: 0 * Inf is
+ * NaN, so the products of hidden keys, marked by -0, are left out one by one. */
+static void FN(value_segment_guarded)(const mha_tile *t, const mha_segment *seg)
+{
+    const vec zero = v_set1(0), one = v_set1(1);
+    for (int g = seg->first; g < seg->last; g++)
+        for (idx d = 0; d < t->problem->head_dim_v; d++) {
+            REAL *part = (REAL *)t->o_block + d * LANES + g * VLEN;
+            vec acc = v_load(part);
+            for (int j = seg->begin; j < seg->end; j++) {
+                const vec p = v_load((const REAL *)t->s + j * LANES + g * VLEN);
+                const vec v = v_set1(((const REAL *)t->v_block)[j * t->v_row + d]);
+                const vec hidden = v_if_equal(p, zero, v_div(one, p), zero); /* -inf for -0 */
+                acc = v_if_less(hidden, zero, acc, v_fma(v, p, acc));
+            }
+            v_store(part, acc);
+        }
+}
+
+/* Merge the partial result (m_block, l_block, part) into the state. */
+static void FN(prefill_merge_part)(mha_tile *t, const REAL *part)
+{
+    const REAL *a = t->a, *b = t->b;
+    REAL *o = t->o;
+    for (idx d = 0; d < t->problem->head_dim_v; d++)
+        for (int v = 0; v < t->vectors; v++) {
+            const idx at = d * LANES + v * VLEN;
+            v_store(o + at, v_fma(v_load(o + at), v_load(a + v * VLEN),
+                                  v_mul(v_load(part + at), v_load(b + v * VLEN))));
+        }
+}
+
+static void FN(prefill_merge)(mha_tile *t, const void *record)
+{
+    const char *r = record;
+    const idx l = (char *)t->l - (char *)t->m, o = (char *)t->o - (char *)t->m;
+    FN(merge_sums)(t, (const REAL *)r, (const REAL *)(r + l), t->vectors);
+    FN(prefill_merge_part)(t, (const REAL *)(r + o));
+}
+
+static void FN(prefill_weighted_sum)(mha_tile *t)
+{
+    const int guarded = t->hidden && !FN(values_finite)(t);
+    REAL *part = t->o_block;
+    FN(merge_sums)(t, t->m_block, t->l_block, t->vectors);
+    if (t->num_segments == 1 && !guarded) {
+        const mha_segment *seg = t->segment;
+        const REAL *a = t->a, *b = t->b;
+        BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, a, b);
+        return;
+    }
+    memset(part, 0, sizeof(REAL) * (size_t)t->problem->head_dim_v * LANES);
+    for (int n = 0; n < t->num_segments; n++) {
+        const mha_segment *seg = &t->segment[n];
+        if (guarded)
+            FN(value_segment_guarded)(t, seg);
+        else
+            BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, NULL, NULL);
+    }
+    FN(prefill_merge_part)(t, part);
+}
+
+/* Q^T * factor into q_panel. Lanes past the last row repeat it. */
+static void FN(pack_q)(mha_tile *t, REAL factor)
+{
+    const mha_array *q = &t->problem->q;
+    const idx dim = t->problem->head_dim;
+    const vec scale = v_set1(factor);
+
+    for (int g = 0; g < t->vectors; g++) {
+        const REAL *row[VLEN];
+        for (int i = 0; i < VLEN; i++) {
+            const char *src = t->q_row[g * VLEN + i];
+            row[i] = (const REAL *)src;
+            if (!FN(in_place)(src, 0, q->col, q->dtype) || q->col != sizeof(REAL)) {
+                REAL *copy = (REAL *)t->strip + i * dim;
+                FN(read_row)(copy, src, q->col, dim, q->dtype);
+                row[i] = copy;
+            }
+        }
+        REAL *lanes = (REAL *)t->q_panel + g * VLEN;
+        idx d = 0;
+        for (; d + VLEN <= dim; d += VLEN)
+            FN(into_lanes)(row, d, VLEN, scale, lanes + d * LANES, LANES);
+        if (d < dim)
+            FN(into_lanes)(row, d, (int)(dim - d), scale, lanes + d * LANES, LANES);
+    }
+}
+
+/* Rows of out = O^T * (1 / l). */
+static void FN(unpack_o)(mha_tile *t, const REAL *inverse)
+{
+    const mha_array *out = &t->problem->out;
+    const idx dim = t->problem->head_dim_v;
+    const int direct = FN(in_place)(t->out_row[0], out->row, out->col, out->dtype) &&
+                       out->head % (idx)sizeof(REAL) == 0 && out->col == sizeof(REAL);
+
+    for (int g = 0; g < t->vectors; g++) {
+        const vec scale = v_load(inverse + g * VLEN);
+        const REAL *lanes = (const REAL *)t->o + g * VLEN;
+        const int live = t->rows - g * VLEN < VLEN ? t->rows - g * VLEN : VLEN;
+        REAL *row[VLEN];
+        for (int i = 0; i < VLEN; i++)
+            row[i] = direct ? (REAL *)t->out_row[g * VLEN + i] : (REAL *)t->strip + i * dim;
+        idx d = 0;
+        for (; d + VLEN <= dim; d += VLEN)
+            FN(from_lanes)(lanes + d * LANES, scale, row, d, VLEN, live);
+        if (d < dim)
+            FN(from_lanes)(lanes + d * LANES, scale, row, d, (int)(dim - d), live);
+        for (int i = 0; i < live && !direct; i++)
+            FN(write_row)(t->out_row[g * VLEN + i], row[i], out->col, dim, out->dtype);
+    }
+}
+
+static FN(shape) FN(prefill_shape)(const mha_problem *p)
+{
+    const idx o = (p->head_dim_v + VLEN) * LANES; /* room for whole transposes */
+    return (FN(shape)){(p->head_dim + VLEN) * LANES, MHA_KEY_BLOCK * LANES, o, o};
+}
+
+static size_t FN(prefill_state_bytes)(const mha_problem *p)
+{
+    const FN(shape) shape = FN(prefill_shape)(p);
+    return FN(state_bytes)(&shape);
+}
+
+static mha_tile *FN(prefill_begin)(const mha_problem *p, idx task)
+{
+    const FN(shape) shape = FN(prefill_shape)(p);
+    mha_tile *t = FN(open_tile)(p, task, &shape);
+    if (t)
+        FN(pack_q)(t, (REAL)(p->scale * LOG2_E));
+    return t;
+}
+
+static void FN(prefill_finish)(mha_tile *t)
+{
+    REAL inverse[LANES] = {0};
+    FN(finish_sums)(t, inverse);
+    FN(unpack_o)(t, inverse);
+}
