@@ -30,36 +30,43 @@
 static void FN(pack_k)(const mha_tile *t, int j, REAL *panel)
 {
     const idx dim = t->problem->head_dim;
-    const vec one = v_set1(1);
+    enum { LINE = 64 / sizeof(REAL) };
     for (int v = 0; v < KEY_LANES && j + v < t->end[0]; v += VLEN) {
         const REAL *row[VLEN];
         for (int i = 0; i < VLEN; i++) {
             const int key = j + v + i < t->end[0] ? j + v + i : t->end[0] - 1;
             row[i] = (const REAL *)t->k_block + key * t->k_row;
+            /* The transpose reads 16 rows at once, which no hardware prefetcher follows. */
+            for (idx d = 0; d < dim; d += LINE)
+                PREFETCH(row[i] + KEY_LANES * t->k_row + d);
         }
-        idx d = 0;
-        for (; d + VLEN <= dim; d += VLEN)
-            FN(into_lanes)(row, d, VLEN, one, panel + d * KEY_LANES + v, KEY_LANES);
-        if (d < dim)
-            FN(into_lanes)(row, d, (int)(dim - d), one, panel + d * KEY_LANES + v, KEY_LANES);
+        FN(rows_into_lanes)(row, dim, panel + v, KEY_LANES);
     }
+}
+
+static ALWAYS_INLINE void FN(decode_score_chunk)(const mha_tile *t, int j, int v, int row, int rows,
+                                                 int nv)
+{
+    const idx dim = t->problem->head_dim;
+    REAL *s = (REAL *)t->s + row * SCORE_ROW + j + v;
+    vec acc[16];
+    EACH (i, rows * nv)
+        acc[i] = v_set1(0);
+    FN(multiply)(acc, rows, nv, dim, (const REAL *)t->q_panel + row * dim, dim, 1,
+                 (const REAL *)t->o_block + v, KEY_LANES);
+    EACH (i, rows)
+        EACH (c, nv)
+            v_store(s + i * SCORE_ROW + c * VLEN, acc[i * nv + c]);
 }
 
 static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, int j, int row, int rows)
 {
-    const idx dim = t->problem->head_dim;
-    const int nv = DECODE_NV(rows);
-    const REAL *q = (const REAL *)t->q_panel + row * dim;
-    REAL *s = (REAL *)t->s + row * SCORE_ROW + j;
-    for (int v = 0; v < KEY_LANES && j + v < t->end[0]; v += nv * VLEN) {
-        vec acc[16];
-        EACH (i, rows * nv)
-            acc[i] = v_set1(0);
-        FN(multiply)(acc, rows, nv, dim, q, dim, 1, (const REAL *)t->o_block + v, KEY_LANES);
-        EACH (i, rows)
-            EACH (c, nv)
-                v_store(s + i * SCORE_ROW + v + c * VLEN, acc[i * nv + c]);
-    }
+    const int nv = DECODE_NV(rows), keys = t->end[0] - j < KEY_LANES ? t->end[0] - j : KEY_LANES;
+    int v = 0;
+    for (; v + nv * VLEN - VLEN < keys; v += nv * VLEN)
+        FN(decode_score_chunk)(t, j, v, row, rows, nv);
+    for (; v < keys; v += VLEN)
+        FN(decode_score_chunk)(t, j, v, row, rows, 1);
 }
 
 /* Hide what the row may not see and the tail of its last vector, and take the maximum. */
@@ -241,6 +248,9 @@ static void FN(decode_finish)(mha_tile *t)
         REAL *o = (REAL *)t->o + row * dim;
         for (idx d = 0; d < dim; d++) /* + 0: see from_lanes */
             o[d] = o[d] * inverse[row] + 0;
-        FN(write_row)(t->out_row[row], o, out->col, dim, out->dtype);
+        if (out->dtype == DTYPE && out->col == sizeof(REAL))
+            memcpy(t->out_row[row], o, sizeof(REAL) * (size_t)dim);
+        else
+            FN(write_row)(t->out_row[row], o, out->col, dim, out->dtype);
     }
 }

@@ -271,12 +271,11 @@ static void FN(pack_q)(mha_tile *t, REAL factor)
                 row[i] = copy;
             }
         }
-        REAL *lanes = (REAL *)t->q_panel + g * VLEN;
-        idx d = 0;
-        for (; d + VLEN <= dim; d += VLEN)
-            FN(into_lanes)(row, d, VLEN, scale, lanes + d * LANES, LANES);
-        if (d < dim)
-            FN(into_lanes)(row, d, (int)(dim - d), scale, lanes + d * LANES, LANES);
+        FN(rows_into_lanes)(row, dim, (REAL *)t->q_panel + g * VLEN, LANES);
+        for (idx d = 0; d < dim; d++) {
+            REAL *q = (REAL *)t->q_panel + d * LANES + g * VLEN;
+            v_store(q, v_mul(v_load(q), scale));
+        }
     }
 }
 
