@@ -69,25 +69,33 @@ static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, int j, int ro
         FN(decode_score_chunk)(t, j, v, row, rows, 1);
 }
 
-/* Hide what the row may not see and the tail of its last vector, and take the maximum. */
-static void FN(decode_hide)(mha_tile *t, int row)
+/* Hide what the row may not see and the tail of its last vector, and take the maximum; whether
+ * any key of the block is hidden. */
+static int FN(decode_hide)(mha_tile *t, int row)
 {
     const vec minus_inf = v_set1(-(REAL)INFINITY);
     const idx lo = t->lo[row] - t->key0, hi = t->hi[row] - t->key0;
     REAL *s = (REAL *)t->s + row * SCORE_ROW, lane[VLEN], largest = -LARGEST;
-    vec best = v_set1(-LARGEST);
-    for (int i = 0; i < VLEN; i++)
-        lane[i] = (REAL)i;
+    vec best = v_set1(-LARGEST), any = v_set1(0);
     for (int j = t->begin[0]; j < t->end[0] && t->hidden; j++)
         if (j < lo || j >= hi)
             s[j] = -(REAL)INFINITY;
-    v_store(s + t->end[0], minus_inf);
-    for (int j = t->begin[0]; j < t->end[0]; j += VLEN)
+    int hidden = 0, j = t->begin[0];
+    for (; j + VLEN <= t->end[0]; j += VLEN) {
         best = v_max(v_load(s + j), best);
+        any = v_if_equal(v_load(s + j), minus_inf, v_set1(1), any);
+    }
+    hidden = FN(any_nonzero)(any);
+    for (; j < t->end[0]; j++) {
+        largest = s[j] > largest || s[j] != s[j] ? s[j] : largest;
+        hidden |= s[j] == -(REAL)INFINITY;
+    }
+    v_store(s + t->end[0], minus_inf); /* past the last key: softmax works on whole vectors */
     v_store(lane, best);
     for (int i = 0; i < VLEN; i++)
         largest = lane[i] > largest || lane[i] != lane[i] ? lane[i] : largest;
     ((REAL *)t->m_block)[row] = largest;
+    return hidden;
 }
 
 static int FN(decode_scores)(mha_tile *t, idx block)
@@ -100,6 +108,7 @@ static int FN(decode_scores)(mha_tile *t, idx block)
         FN(pack_k)(t, j, t->o_block);
         BY_ROWS(t->rows, FN(decode_score_rows), t, j);
     }
+    int hidden = 0;
     for (int row = 0; row < t->rows; row++) {
         REAL *s = (REAL *)t->s + row * SCORE_ROW, *term = t->strip;
         for (int n = 0; n < num_mixed; n++) {
@@ -107,9 +116,9 @@ static int FN(decode_scores)(mha_tile *t, idx block)
             for (int j = t->begin[0]; j < t->end[0]; j += VLEN)
                 v_store(s + j, FN(with_term)(v_load(s + j), v_load(term + j - t->begin[0])));
         }
-        FN(decode_hide)(t, row);
+        hidden |= FN(decode_hide)(t, row);
     }
-    t->hidden |= num_mixed > 0;
+    t->hidden |= hidden;
     return 1;
 }
 

@@ -53,58 +53,70 @@ static ALWAYS_INLINE void FN(score_segment)(const mha_tile *t, const mha_segment
         v_store(m + v * VLEN, best[v]);
 }
 
-/* Add term n to the scores. Its rows are queries, so VLEN rows are transposed into the lanes;
- * a row that all queries share is broadcast. */
-static void FN(prefill_add_term)(mha_tile *t, int n)
+/* Interval of a vector's lanes, counted from the start of the block: clipped, so exact in REAL. */
+static void FN(lane_interval)(const mha_tile *t, int g, REAL *lo, REAL *hi)
 {
-    const mha_array *term = &t->problem->terms[n];
-    const int shared = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
-    REAL *strip = t->strip;
-
-    for (int g = 0; g < t->vectors; g++) {
-        const int keys = t->end[g] - t->begin[g];
-        REAL *s = (REAL *)t->s + t->begin[g] * LANES + g * VLEN;
-        for (int i = 0; i < (shared ? 1 : VLEN); i++)
-            FN(term_row)(t, n, g * VLEN + i, strip + i * MHA_KEY_BLOCK);
-        for (int j = 0; j < keys; j += VLEN) {
-            const int live = keys - j < VLEN ? keys - j : VLEN;
-            vec v[VLEN];
-            for (int i = 0; i < VLEN; i++)
-                v[i] = shared ? v_set1(strip[j + i]) : v_load(strip + i * MHA_KEY_BLOCK + j);
-            if (!shared)
-                v_transpose(v);
-            for (int i = 0; i < live; i++)
-                v_store(s + (j + i) * LANES, FN(with_term)(v_load(s + (j + i) * LANES), v[i]));
-        }
+    for (int i = 0; i < VLEN; i++) {
+        const idx a = t->lo[g * VLEN + i] - t->key0, b = t->hi[g * VLEN + i] - t->key0;
+        lo[i] = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
+        hi[i] = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
     }
 }
 
-/* Hide what lies outside a lane's interval, and take the maximum anew: that of the product may
- * come from a key that the lane does not see. */
-static void FN(prefill_hide)(mha_tile *t)
+/* VLEN keys of term rows from `strip` into the lanes; a row that all queries share is broadcast. */
+static ALWAYS_INLINE void FN(term_into_lanes)(const REAL *strip, int shared, vec *v)
 {
-    const vec minus_inf = v_set1(-(REAL)INFINITY);
+    EACH (i, VLEN)
+        v[i] = shared ? v_set1(strip[i]) : v_load(strip + i * MHA_KEY_BLOCK);
+    if (!shared)
+        v_transpose(v);
+}
+
+/* Add the mixed terms to the scores, hide what lies outside a lane's interval, and take the
+ * maximum anew: that of the product may come from a key that the lane does not see. Finds out
+ * whether any key of the block is hidden, which a float bias rarely does. */
+static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
+{
+    const vec minus_inf = v_set1(-(REAL)INFINITY), one = v_set1(1);
+    vec any = v_set1(0);
     for (int g = 0; g < t->vectors; g++) {
-        REAL *s = (REAL *)t->s + g * VLEN;
-        REAL lo[VLEN], hi[VLEN];
-        vec best = v_set1(-LARGEST);
-        for (int i = 0; i < VLEN; i++) { /* clipped to the block, so exact in REAL */
-            const idx a = t->lo[g * VLEN + i] - t->key0, b = t->hi[g * VLEN + i] - t->key0;
-            lo[i] = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
-            hi[i] = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
+        const int begin = t->begin[g], end = t->end[g];
+        REAL *s = (REAL *)t->s + g * VLEN, lo[VLEN], hi[VLEN];
+        int shared[MHA_MAX_TERMS];
+        vec best = v_set1(-LARGEST), v[VLEN];
+        for (int n = 0; n < num_mixed; n++) {
+            const mha_array *term = &t->problem->terms[mixed[n]];
+            shared[n] = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
+            for (int i = 0; i < (shared[n] ? 1 : VLEN); i++)
+                FN(term_row)(t, mixed[n], g * VLEN + i,
+                             (REAL *)t->strip + (n * VLEN + i) * MHA_KEY_BLOCK);
         }
+        FN(lane_interval)(t, g, lo, hi);
         const vec first = v_load(lo), past = v_load(hi);
-        for (int j = t->begin[g]; j < t->end[g]; j++) {
-            const vec key = v_set1((REAL)j);
-            vec x = v_load(s + j * LANES);
-            if (t->hidden) {
-                x = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
-                v_store(s + j * LANES, x);
+        for (int j = begin; j < end; j += VLEN) {
+            const int live = end - j < VLEN ? end - j : VLEN;
+            for (int n = 0; n < num_mixed; n++) {
+                const REAL *strip = (REAL *)t->strip + n * VLEN * MHA_KEY_BLOCK + j - begin;
+                FN(term_into_lanes)(strip, shared[n], v);
+                for (int i = 0; i < live; i++) {
+                    REAL *at = s + (j + i) * LANES;
+                    v_store(at, FN(with_term)(v_load(at), v[i]));
+                }
             }
-            best = v_max(x, best);
+            for (int i = 0; i < live; i++) {
+                const vec key = v_set1((REAL)(j + i));
+                vec x = v_load(s + (j + i) * LANES);
+                if (t->hidden) {
+                    x = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
+                    v_store(s + (j + i) * LANES, x);
+                }
+                best = v_max(x, best);
+                any = v_if_equal(x, minus_inf, one, any);
+            }
         }
         v_store((REAL *)t->m_block + g * VLEN, best);
     }
+    t->hidden |= FN(any_nonzero)(any);
 }
 
 static int FN(prefill_scores)(mha_tile *t, idx block)
@@ -119,11 +131,8 @@ static int FN(prefill_scores)(mha_tile *t, idx block)
         const mha_segment *seg = &t->segment[n];
         BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
     }
-    for (int n = 0; n < num_mixed; n++)
-        FN(prefill_add_term)(t, mixed[n]);
     if (num_mixed || t->hidden)
-        FN(prefill_hide)(t);
-    t->hidden |= num_mixed > 0;
+        FN(prefill_mask)(t, mixed, num_mixed);
     return 1;
 }
 

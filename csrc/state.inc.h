@@ -37,7 +37,7 @@ static void FN(save)(mha_tile *t, void *record)
 static mha_tile *FN(open_tile)(const mha_problem *p, idx task, const FN(shape) * shape)
 {
     const idx wide = p->head_dim > p->head_dim_v ? p->head_dim : p->head_dim_v;
-    const idx strip = VLEN * (wide > MHA_KEY_BLOCK ? wide : MHA_KEY_BLOCK);
+    const idx keys = MHA_MAX_TERMS * MHA_KEY_BLOCK, strip = VLEN * (wide > keys ? wide : keys);
     const idx sizes[] = {
         LANES,
         LANES,
@@ -104,21 +104,23 @@ static void FN(finish_sums)(const mha_tile *t, REAL *inverse)
     }
 }
 
+/* Are the visible values of the block finite? 0 * x is NaN where x is not. */
 static int FN(values_finite)(const mha_tile *t)
 {
     const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
-    REAL sum = 0;
+    const idx dim = t->problem->head_dim_v;
+    const vec zero = v_set1(0);
+    vec taint[2] = {zero, zero};
     for (int j = begin; j < end; j++) {
         const REAL *row = (const REAL *)t->v_block + j * t->v_row;
-        REAL tainted[VLEN] = {0};
         idx d = 0;
-        for (; d + VLEN <= t->problem->head_dim_v; d += VLEN)
-            for (int i = 0; i < VLEN; i++)
-                tainted[i] += row[d + i] * 0;
-        for (; d < t->problem->head_dim_v; d++)
-            tainted[0] += row[d] * 0;
-        for (int i = 0; i < VLEN; i++)
-            sum += tainted[i];
+        for (; d + 2 * VLEN <= dim; d += 2 * VLEN)
+            EACH (i, 2)
+                taint[i] = v_fma(v_load(row + d + i * VLEN), zero, taint[i]);
+        for (; d < dim; d += VLEN) {
+            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
+            taint[0] = v_fma(n == VLEN ? v_load(row + d) : v_load_n(row + d, n), zero, taint[0]);
+        }
     }
-    return sum == 0;
+    return !FN(any_nonzero)(v_add(taint[0], taint[1]));
 }

@@ -4,9 +4,12 @@
 static void FN(term_row)(const mha_tile *t, int n, int lane, REAL *row)
 {
     const mha_array *term = &t->problem->terms[n];
-    const int g = lane / VLEN;
-    FN(read_row)(row, t->term_row[n][lane] + (t->key0 + t->begin[g]) * term->col, term->col,
-                 t->end[g] - t->begin[g], term->dtype);
+    const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
+    const char *src = t->term_row[n][lane] + (t->key0 + t->begin[g]) * term->col;
+    FN(read_row)(row, src, term->col, keys, term->dtype);
+    /* The same row of the next block: rows lie far apart, so only we know what comes. */
+    for (idx at = 0; at < keys * term->col; at += 64)
+        PREFETCH(src + MHA_KEY_BLOCK * term->col + at);
 }
 
 /* Look before it costs anything: a block that a term hides whole is skipped, and a term that adds
@@ -32,6 +35,16 @@ static int FN(term_effect)(const mha_tile *t, int n)
         effect = effect == TERM_UNKNOWN || effect == now ? now : TERM_MIXED;
     }
     return effect;
+}
+
+static int FN(any_nonzero)(vec x)
+{
+    REAL lane[VLEN];
+    int any = 0;
+    v_store(lane, x);
+    for (int i = 0; i < VLEN; i++)
+        any |= lane[i] != 0;
+    return any;
 }
 
 static ALWAYS_INLINE vec FN(with_term)(vec s, vec term)
