@@ -25,21 +25,29 @@
             f(__VA_ARGS__, row, 1);                                                                \
     } while (0)
 
+/* Ask for the rows of keys that come next; what lies past the array is asked for in vain. K is read
+ * 16 rows at once and V in strips of a few lines, which no hardware prefetcher follows. */
+static ALWAYS_INLINE void FN(prefetch_keys)(const void *block, int key, int keys, idx stride,
+                                            idx dim)
+{
+    enum { LINE = 64 / sizeof(REAL) };
+    for (int j = key; j < key + keys; j++)
+        for (idx d = 0; d < dim; d += LINE)
+            PREFETCH((const REAL *)block + j * stride + d);
+}
+
 /* K^T of keys j to j + KEY_LANES - 1 into panel[head_dim][KEY_LANES]. Keys past the visible ones
  * are not read: their lanes repeat the last. */
 static void FN(pack_k)(const mha_tile *t, int j, REAL *panel)
 {
     const idx dim = t->problem->head_dim;
-    enum { LINE = 64 / sizeof(REAL) };
     for (int v = 0; v < KEY_LANES && j + v < t->end[0]; v += VLEN) {
         const REAL *row[VLEN];
         for (int i = 0; i < VLEN; i++) {
             const int key = j + v + i < t->end[0] ? j + v + i : t->end[0] - 1;
             row[i] = (const REAL *)t->k_block + key * t->k_row;
-            /* The transpose reads 16 rows at once, which no hardware prefetcher follows. */
-            for (idx d = 0; d < dim; d += LINE)
-                PREFETCH(row[i] + KEY_LANES * t->k_row + d);
         }
+        FN(prefetch_keys)(t->k_block, j + v + KEY_LANES, VLEN, t->k_row, dim);
         FN(rows_into_lanes)(row, dim, panel + v, KEY_LANES);
     }
 }
@@ -138,93 +146,104 @@ static void FN(decode_softmax)(mha_tile *t)
     }
 }
 
-/* o[row][d..] = o * a + b * (P V) for nv vectors of head dims. */
-static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int row, int rows, int nv,
-                                                 idx d)
+/* part[row][d..] += P V over keys [begin, end) for nv vectors of head dims. */
+static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, int end, int row,
+                                                 int rows, int nv, idx d)
 {
-    const int begin = t->begin[0], end = t->end[0];
-    REAL *o = (REAL *)t->o + row * t->problem->head_dim_v + d;
+    const idx dim = t->problem->head_dim_v;
+    REAL *part = (REAL *)t->o_block + row * dim + d;
     vec acc[16];
-    EACH (i, rows * nv)
-        acc[i] = v_set1(0);
+    EACH (i, rows)
+        EACH (v, nv)
+            acc[i * nv + v] = v_load(part + i * dim + v * VLEN);
     FN(multiply)(acc, rows, nv, end - begin, (const REAL *)t->s + row * SCORE_ROW + begin,
                  SCORE_ROW, 1, (const REAL *)t->v_block + begin * t->v_row + d, t->v_row);
-    EACH (i, rows) {
-        const vec a = v_set1(((REAL *)t->a)[row + i]), b = v_set1(((REAL *)t->b)[row + i]);
-        EACH (v, nv) {
-            REAL *at = o + i * t->problem->head_dim_v + v * VLEN;
-            v_store(at, v_fma(v_load(at), a, v_mul(acc[i * nv + v], b)));
-        }
-    }
+    EACH (i, rows)
+        EACH (v, nv)
+            v_store(part + i * dim + v * VLEN, acc[i * nv + v]);
 }
 
-/* The last n < VLEN head dims, and the guarded case: one row, one vector, key by key. Where V
- * holds an Inf or NaN and some key is hidden, the keys marked by -0 are left out. */
-static void FN(decode_value_tail)(const mha_tile *t, int row, idx d, int n, int guarded)
+/* The same for one row and n <= VLEN head dims: the last ones, and all where V holds an Inf or
+ * NaN and some key is hidden. Then the keys marked by -0 are left out. */
+static void FN(decode_value_tail)(const mha_tile *t, int begin, int end, int row, idx d, int n,
+                                  int guarded)
 {
     const REAL *p = (const REAL *)t->s + row * SCORE_ROW, *v = (const REAL *)t->v_block + d;
-    REAL *o = (REAL *)t->o + row * t->problem->head_dim_v + d;
-    vec acc = v_set1(0);
-    for (int j = t->begin[0]; j < t->end[0]; j++)
+    REAL *part = (REAL *)t->o_block + row * t->problem->head_dim_v + d;
+    vec acc = n == VLEN ? v_load(part) : v_load_n(part, n);
+    for (int j = begin; j < end; j++)
         if (!guarded || p[j] != 0 || !signbit(p[j]))
             acc = v_fma(v_set1(p[j]),
                         n == VLEN ? v_load(v + j * t->v_row) : v_load_n(v + j * t->v_row, n), acc);
-    const vec old = n == VLEN ? v_load(o) : v_load_n(o, n);
-    acc = v_fma(old, v_set1(((REAL *)t->a)[row]), v_mul(acc, v_set1(((REAL *)t->b)[row])));
     if (n == VLEN)
-        v_store(o, acc);
+        v_store(part, acc);
     else
-        v_store_n(o, acc, n);
+        v_store_n(part, acc, n);
 }
 
-static ALWAYS_INLINE void FN(decode_value_rows)(const mha_tile *t, int guarded, int row, int rows)
+static ALWAYS_INLINE void FN(decode_value_rows)(const mha_tile *t, int begin, int end, int guarded,
+                                                int row, int rows)
 {
     const int nv = DECODE_NV(rows);
     const idx dim = t->problem->head_dim_v;
     idx d = 0;
     for (; d + nv * VLEN <= dim && !guarded; d += nv * VLEN)
-        FN(decode_value_chunk)(t, row, rows, nv, d);
+        FN(decode_value_chunk)(t, begin, end, row, rows, nv, d);
     for (; d + VLEN <= dim && !guarded; d += VLEN)
-        FN(decode_value_chunk)(t, row, rows, 1, d);
+        FN(decode_value_chunk)(t, begin, end, row, rows, 1, d);
     for (; d < dim; d += VLEN)
         for (int i = 0; i < rows; i++)
-            FN(decode_value_tail)(t, row + i, d, dim - d < VLEN ? (int)(dim - d) : VLEN, guarded);
+            FN(decode_value_tail)(t, begin, end, row + i, d, dim - d < VLEN ? (int)(dim - d) : VLEN,
+                                  guarded);
 }
 
-static void FN(decode_weighted_sum)(mha_tile *t)
+/* Merge the partial result `part`, [rows][head_dim_v], by the factors a and b. */
+static void FN(decode_merge_part)(mha_tile *t, const REAL *part)
 {
-    const int guarded = t->hidden && !FN(values_finite)(t);
-    FN(merge_sums)(t, t->m_block, t->l_block, 1);
-    BY_ROWS(t->rows, FN(decode_value_rows), t, guarded);
+    const idx dim = t->problem->head_dim_v;
+    for (int row = 0; row < t->rows; row++) {
+        const vec a = v_set1(((REAL *)t->a)[row]), b = v_set1(((REAL *)t->b)[row]);
+        REAL *o = (REAL *)t->o + row * dim;
+        const REAL *add = part + row * dim;
+        idx d = 0;
+        for (; d + VLEN <= dim; d += VLEN)
+            v_store(o + d, v_fma(v_load(o + d), a, v_mul(v_load(add + d), b)));
+        if (d < dim) {
+            const int n = (int)(dim - d);
+            v_store_n(o + d, v_fma(v_load_n(o + d, n), a, v_mul(v_load_n(add + d, n), b)), n);
+        }
+    }
 }
 
 static void FN(decode_merge)(mha_tile *t, const void *record)
 {
     const char *r = record;
-    const idx dim = t->problem->head_dim_v, l = (char *)t->l - (char *)t->m;
-    const REAL *part = (const REAL *)(r + ((char *)t->o - (char *)t->m));
-    REAL *o = t->o;
+    const idx l = (char *)t->l - (char *)t->m, o = (char *)t->o - (char *)t->m;
     FN(merge_sums)(t, (const REAL *)r, (const REAL *)(r + l), 1);
-    for (int row = 0; row < t->rows; row++) {
-        const vec a = v_set1(((REAL *)t->a)[row]), b = v_set1(((REAL *)t->b)[row]);
-        for (idx d = 0; d < dim; d += VLEN, o += VLEN, part += VLEN) {
-            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
-            const vec sum = v_mul(n == VLEN ? v_load(part) : v_load_n(part, n), b);
-            if (n == VLEN) {
-                v_store(o, v_fma(v_load(o), a, sum));
-                continue;
-            }
-            v_store_n(o, v_fma(v_load_n(o, n), a, sum), n);
-            o += n - VLEN;
-            part += n - VLEN;
-        }
+    FN(decode_merge_part)(t, (const REAL *)(r + o));
+}
+
+/* Keys in runs that stay in L1 while all rows and head dims pass over them. */
+static void FN(decode_weighted_sum)(mha_tile *t)
+{
+    enum { KEYS_AT_ONCE = 16 };
+    const int guarded = t->hidden && !FN(values_finite)(t);
+    const idx dim = t->problem->head_dim_v;
+    REAL *part = t->o_block;
+    FN(merge_sums)(t, t->m_block, t->l_block, 1);
+    memset(part, 0, sizeof(REAL) * (size_t)(t->rows * dim));
+    for (int j = t->begin[0]; j < t->end[0]; j += KEYS_AT_ONCE) {
+        const int end = t->end[0] - j < KEYS_AT_ONCE ? t->end[0] : j + KEYS_AT_ONCE;
+        FN(prefetch_keys)(t->v_block, j + KEYS_AT_ONCE, KEYS_AT_ONCE, t->v_row, dim);
+        BY_ROWS(t->rows, FN(decode_value_rows), t, j, end, guarded);
     }
+    FN(decode_merge_part)(t, part);
 }
 
 static FN(shape) FN(decode_shape)(const mha_problem *p)
 {
-    return (FN(shape)){VLEN * p->head_dim, VLEN * SCORE_ROW, VLEN * p->head_dim_v,
-                       (p->head_dim + VLEN) * KEY_LANES};
+    const idx o = VLEN * p->head_dim_v, panel = (p->head_dim + VLEN) * KEY_LANES;
+    return (FN(shape)){VLEN * p->head_dim, VLEN * SCORE_ROW, o, panel > o ? panel : o};
 }
 
 static size_t FN(decode_state_bytes)(const mha_problem *p)
