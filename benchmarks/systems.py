@@ -1,0 +1,348 @@
+"""The systems that are timed: one class each, none of them required but NumPy.
+
+A system turns a case into a function without arguments that computes it. Whatever can
+be done once (converting masks, building a graph) happens before the clock runs; what
+every call needs (allocating the result, checking arguments) is part of the time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+
+import numpy as np
+
+# NumPy users keep the whole score matrix. Beyond this it is not a fair contest.
+LARGEST_SCORES = 4 * 2**30
+
+
+class System:
+    """A way to compute attention."""
+
+    name = ""
+    packages = ()
+
+    def __init__(self, threads):
+        self.threads = threads
+
+    @classmethod
+    def installed(cls):
+        return all(importlib.util.find_spec(package) for package in cls.packages)
+
+    @classmethod
+    def versions(cls):
+        return {package: _version(package) for package in cls.packages}
+
+    def prepare(self, case, inputs):
+        """Return a function without arguments, or None if the case cannot be said."""
+        raise NotImplementedError
+
+    def canonical(self, output, case):
+        """The output as an array (batch, heads, seqlen_q, head_dim_v)."""
+        return np.asarray(output)
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def split_mask(case, inputs):
+    """Say the case's mask as (causal from the top left, boolean mask or None)."""
+    plain = case.window is None and case.mask is None
+    if case.causal and plain and case.seqlen_q == case.seqlen_k:
+        return True, None
+    if case.mask == "padding" and not case.causal and case.window is None:
+        return False, inputs["mask"]
+    return False, case.visible()
+
+
+def merge_bias(case, inputs):
+    """Say mask and bias as (causal, one boolean or float 4-D mask or None)."""
+    causal, mask = split_mask(case, inputs)
+    if "bias" not in inputs:
+        return causal, mask
+    bias = inputs["bias"][None]
+    if mask is not None:
+        bias = np.where(mask, bias, np.asarray(-np.inf, bias.dtype))
+    return causal, bias
+
+
+class MhaFast(System):
+    """This package, called as its users call it."""
+
+    name = "mha_fast"
+    packages = ("mha_fast",)
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        import mha_fast
+
+        self.attention = mha_fast.attention
+        mha_fast.set_num_threads(threads)
+
+    def prepare(self, case, inputs):
+        return lambda: self.attention(**inputs)
+
+
+class NumPy(System):
+    """What a careful NumPy user writes: two matmuls and a softmax in place."""
+
+    name = "numpy"
+    packages = ("numpy",)
+
+    def prepare(self, case, inputs):
+        if case.score_bytes() > LARGEST_SCORES:
+            return None
+        causal, visible = split_mask(case, inputs)
+        if causal:
+            visible = case.visible()
+        hidden = None if visible is None else ~visible
+        bias = inputs.get("bias")
+        tensors = inputs["q"], inputs["k"], inputs["v"]
+        return lambda: self.attention(*tensors, hidden, bias)
+
+    @staticmethod
+    def attention(q, k, v, hidden, bias):
+        dtype = q.dtype
+        if dtype == np.float16:  # has no BLAS
+            q, k, v = (x.astype(np.float32) for x in (q, k, v))
+        batch, heads, seqlen_q, head_dim = q.shape
+        kv_heads, seqlen_k = k.shape[1:3]
+        # The heads of a group are rows of one product, so K and V are not repeated.
+        rows = heads // kv_heads * seqlen_q
+        q = q.reshape(batch, kv_heads, rows, head_dim) * np.float32(head_dim**-0.5)
+        s = q @ k.swapaxes(-1, -2)
+        by_head = s.reshape(batch, heads, seqlen_q, seqlen_k)
+        if bias is not None:
+            by_head += bias
+        if hidden is not None:
+            np.copyto(by_head, -np.inf, where=hidden)
+        s -= s.max(axis=-1, keepdims=True)
+        np.exp(s, out=s)
+        out = s @ v
+        out /= s.sum(axis=-1, keepdims=True)
+        return out.reshape(batch, heads, seqlen_q, -1).astype(dtype, copy=False)
+
+
+class Torch(System):
+    """torch.nn.functional.scaled_dot_product_attention."""
+
+    name = "torch"
+    packages = ("torch",)
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        import torch
+
+        self.torch = torch
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+
+    def prepare(self, case, inputs):
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+        from_numpy = self.torch.from_numpy
+        q, k, v = (from_numpy(inputs[name]) for name in "qkv")
+        causal, mask = merge_bias(case, inputs)
+        options = {"is_causal": causal, "enable_gqa": case.group_size > 1}
+        if mask is not None:
+            options["attn_mask"] = from_numpy(mask)
+        return lambda: attend(q, k, v, **options)
+
+    def canonical(self, output, case):
+        return output.numpy()
+
+
+class Onnx(System):
+    """A graph of one node, run by onnxruntime. The base of the two below."""
+
+    packages = ("onnxruntime", "onnx")
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        import onnx
+        import onnxruntime
+
+        self.onnx = onnx
+        self.onnxruntime = onnxruntime
+
+    def session(self, op, feeds, domain, opsets, **attributes):
+        """Return a function that runs the node `op` on `feeds` (name -> array)."""
+        helper = self.onnx.helper
+        inputs = [
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+            )
+            for name, array in feeds.items()
+            if array is not None
+        ]
+        dtype = helper.np_dtype_to_tensor_dtype(feeds["q"].dtype)
+        output = helper.make_tensor_value_info("out", dtype, None)
+        names = [name if array is not None else "" for name, array in feeds.items()]
+        while not names[-1]:
+            names.pop()
+        node = helper.make_node(op, names, ["out"], domain=domain, **attributes)
+        graph = helper.make_graph([node], op, inputs, [output])
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid(*opset) for opset in opsets],
+            ir_version=11,
+        )
+        options = self.onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        session = self.onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        given = {
+            name: np.ascontiguousarray(array) for name, array in feeds.items() if array is not None
+        }
+        return lambda: session.run(None, given)[0]
+
+
+class OrtMultiHead(Onnx):
+    """onnxruntime's com.microsoft.MultiHeadAttention: (batch, seqlen, hidden)."""
+
+    name = "ort"
+
+    def prepare(self, case, inputs):
+        causal, mask = split_mask(case, inputs)
+        padding = None
+        if case.mask in ("padding", "lengths") and not case.causal:
+            padding, mask = case.lengths().astype(np.int32), None
+        if (
+            mask is not None
+            or case.dtype != "float32"
+            or case.group_size > 1
+            or case.head_dim_v != case.head_dim
+        ):
+            return None
+        q, k, v = (
+            inputs[name].swapaxes(1, 2).reshape(case.batch, -1, case.heads * width)
+            for name, width in zip(
+                "qkv", (case.head_dim, case.head_dim, case.head_dim_v), strict=True
+            )
+        )
+        bias = inputs["bias"][None] if "bias" in inputs else None
+        feeds = {"q": q, "k": k, "v": v, "projection_bias": None}
+        return self.session(
+            "MultiHeadAttention",
+            {**feeds, "key_padding_mask": padding, "attention_bias": bias},
+            "com.microsoft",
+            [("", 17), ("com.microsoft", 1)],
+            num_heads=case.heads,
+            unidirectional=int(causal),
+        )
+
+    def canonical(self, output, case):
+        shape = case.batch, case.seqlen_q, case.heads, case.head_dim_v
+        return output.reshape(shape).swapaxes(1, 2)
+
+
+class OrtAttention(Onnx):
+    """onnxruntime's standard Attention of opset 23."""
+
+    name = "ort23"
+
+    def prepare(self, case, inputs):
+        if case.score_bytes() > LARGEST_SCORES:
+            return None
+        causal, mask = merge_bias(case, inputs)
+        if mask is not None:  # it refuses a mask that broadcasts over the rows
+            pairs = case.seqlen_q, case.seqlen_k
+            mask = np.broadcast_to(mask, (*mask.shape[:2], *pairs))
+        feeds = {"q": inputs["q"], "k": inputs["k"], "v": inputs["v"], "mask": mask}
+        return self.session("Attention", feeds, "", [("", 23)], is_causal=int(causal))
+
+
+class OpenVino(System):
+    """OpenVINO's scaled_dot_product_attention on its CPU plugin."""
+
+    name = "openvino"
+    packages = ("openvino",)
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        import openvino
+        import openvino.opset13
+
+        self.openvino = openvino
+        self.core = openvino.Core()
+        # Its default on CPUs with bfloat16 units is to round float32 to bfloat16.
+        self.config = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+
+    def prepare(self, case, inputs):
+        causal, mask = merge_bias(case, inputs)
+        if case.dtype != "float32" or case.score_bytes() > LARGEST_SCORES:
+            return None
+        feeds = [np.ascontiguousarray(inputs[name]) for name in "qkv"]
+        if case.group_size > 1:
+            # It knows no groups, but broadcasts leading axes.
+            feeds = self.grouped(case, *feeds)
+            mask = None if mask is None else mask[:, :, None]
+        if mask is not None:
+            feeds.append(np.ascontiguousarray(mask))
+        ops = self.openvino.opset13
+        parameters = [ops.parameter(array.shape, array.dtype) for array in feeds]
+        node = ops.scaled_dot_product_attention(*parameters, causal=causal)
+        model = self.openvino.Model([node.output(0)], parameters, "attention")
+        request = self.core.compile_model(model, "CPU", self.config)
+        request = request.create_infer_request()
+        # Tensors bound once and shared: its cheapest call from Python.
+        for index, array in enumerate(feeds):
+            tensor = self.openvino.Tensor(array, shared_memory=True)
+            request.set_input_tensor(index, tensor)
+        self.shared = feeds  # the tensors do not keep the arrays alive
+        return lambda: request.infer(share_outputs=True)[0]
+
+    @staticmethod
+    def grouped(case, q, k, v):
+        split = case.batch, case.kv_heads, case.group_size, case.seqlen_q
+        return [q.reshape(*split, case.head_dim), k[:, :, None], v[:, :, None]]
+
+    def canonical(self, output, case):
+        shape = case.batch, case.heads, case.seqlen_q, case.head_dim_v
+        return np.asarray(output).reshape(shape)
+
+
+SYSTEMS = {
+    system.name: system for system in (MhaFast, NumPy, Torch, OrtMultiHead, OrtAttention, OpenVino)
+}
+
+
+def check(case, inputs, output, most_rows=256):
+    """Raise ValueError unless `output` is the attention of `case`.
+
+    A sample of rows is computed in float64 from the definition, on purpose without
+    ``mha_fast.reference``: peers are checked in processes that never load mha_fast.
+    The bound is the project's own error measure with room for peers whose exp is
+    coarser; it is far below what a wrong mask or scale would cause.
+    """
+    shape = case.batch, case.heads, case.seqlen_q, case.head_dim_v
+    if output.shape != shape:
+        raise ValueError(f"result has shape {output.shape}, expected {shape}")
+    total = math.prod(shape[:3])
+    rows = np.unique(np.linspace(0, total - 1, min(total, most_rows)).astype(int))
+    eps = np.finfo(case.dtype).eps
+    lo, hi = case.spans()
+    for b, h, i in zip(*np.unravel_index(rows, shape[:3]), strict=True):
+        keys = slice(lo[b, i], hi[b, i])
+        k = inputs["k"][b, h // case.group_size, keys].astype(float)
+        v = inputs["v"][b, h // case.group_size, keys].astype(float)
+        s = k @ inputs["q"][b, h, i].astype(float) / math.sqrt(case.head_dim)
+        if "bias" in inputs:
+            s += inputs["bias"][h, i, keys]
+        p = np.exp(s - s.max())
+        p /= p.sum()
+        error = np.abs(output[b, h, i] - p @ v)
+        bound = 64 * eps * (1 + np.abs(s).max()) * (p @ np.abs(v))
+        if not (error <= bound).all():
+            raise ValueError(
+                f"wrong result: error {error.max():.1e} in batch {b}, head {h}, row {i}"
+            )
