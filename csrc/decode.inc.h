@@ -48,7 +48,7 @@ static void FN(pack_k)(const mha_tile *t, int j, REAL *panel)
             row[i] = (const REAL *)t->k_block + key * t->k_row;
         }
         FN(prefetch_keys)(t->k_block, j + v + KEY_LANES, VLEN, t->k_row, dim);
-        FN(rows_into_lanes)(row, dim, panel + v, KEY_LANES);
+        FN(rows_into_lanes)(row, dim, NULL, panel + v, KEY_LANES);
     }
 }
 
@@ -257,7 +257,12 @@ static mha_tile *FN(decode_begin)(const mha_problem *p, idx task)
     const FN(shape) shape = FN(decode_shape)(p);
     const REAL factor = (REAL)(p->scale * LOG2_E);
     mha_tile *t = FN(open_tile)(p, task, &shape);
-    for (int row = 0; t && row < t->rows; row++) {
+    if (!t)
+        return NULL;
+    t->o_rows = 1;
+    t->o_stride = t->o_live = t->rows * p->head_dim_v;
+    FN(reset)(t);
+    for (int row = 0; row < t->rows; row++) {
         REAL *q = (REAL *)t->q_panel + row * p->head_dim;
         FN(read_row)(q, t->q_row[row], p->q.col, p->head_dim, p->q.dtype);
         for (idx d = 0; d < p->head_dim; d++)

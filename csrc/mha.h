@@ -88,15 +88,16 @@ typedef struct {
     idx k_row, k_col, v_row; /* strides of the two, in elements */
 
     /* Workspace. Prefill has queries in the lanes, decode has rows of keys and head dims. */
-    void *m, *l, *o;         /* the state: running row max (log2 units), row sum, weighted sum */
-    size_t state_bytes;      /* of the three together */
-    void *m_block, *l_block; /* max and sum of the block at hand */
-    void *a, *b;             /* factors of the state and of the block when they merge */
-    void *q_panel;           /* Q times scale * log2(e), in the kernel's order */
-    void *s;                 /* scores, then probabilities */
-    void *o_block;           /* prefill: weighted sum in pieces; decode: K^T of a panel of keys */
-    void *k_copy, *v_copy;   /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
-    void *strip;             /* rows on their way through a transpose or a conversion */
+    void *m, *l, *o;    /* the state: running row max (log2 units), row sum, weighted sum */
+    size_t state_bytes; /* of the three together */
+    idx o_rows, o_stride, o_live; /* o is [o_rows][o_stride], the first o_live columns in use */
+    void *m_block, *l_block;      /* max and sum of the block at hand */
+    void *a, *b;                  /* factors of the state and of the block when they merge */
+    void *q_panel;                /* Q times scale * log2(e), in the kernel's order */
+    void *s;                      /* scores, then probabilities */
+    void *o_block;         /* prefill: weighted sum in pieces; decode: K^T of a panel of keys */
+    void *k_copy, *v_copy; /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
+    void *strip;           /* rows on their way through a transpose or a conversion */
 } mha_tile;
 
 typedef struct {

@@ -280,11 +280,7 @@ static void FN(pack_q)(mha_tile *t, REAL factor)
                 row[i] = copy;
             }
         }
-        FN(rows_into_lanes)(row, dim, (REAL *)t->q_panel + g * VLEN, LANES);
-        for (idx d = 0; d < dim; d++) {
-            REAL *q = (REAL *)t->q_panel + d * LANES + g * VLEN;
-            v_store(q, v_mul(v_load(q), scale));
-        }
+        FN(rows_into_lanes)(row, dim, &scale, (REAL *)t->q_panel + g * VLEN, LANES);
     }
 }
 
@@ -329,8 +325,13 @@ static mha_tile *FN(prefill_begin)(const mha_problem *p, idx task)
 {
     const FN(shape) shape = FN(prefill_shape)(p);
     mha_tile *t = FN(open_tile)(p, task, &shape);
-    if (t)
-        FN(pack_q)(t, (REAL)(p->scale * LOG2_E));
+    if (!t)
+        return NULL;
+    t->o_rows = p->head_dim_v;
+    t->o_stride = LANES;
+    t->o_live = t->vectors * VLEN;
+    FN(reset)(t);
+    FN(pack_q)(t, (REAL)(p->scale * LOG2_E));
     return t;
 }
 

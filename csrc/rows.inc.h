@@ -63,27 +63,28 @@ static const void *FN(block_rows)(const mha_array *a, const char *block, const m
     return copy;
 }
 
-/* VLEN rows of `n` numbers from column d on, transposed into VLEN rows of `lanes`. Columns past n
- * become zeros; n is a constant VLEN but for the last. */
-static ALWAYS_INLINE void FN(into_lanes)(const REAL *const *row, idx d, int n, REAL *lanes,
-                                         idx stride)
+/* VLEN rows of `n` numbers from column d on, transposed into VLEN rows of `lanes` (times `scale`,
+ * unless NULL). Columns past n become zeros; n is a constant VLEN but for the last. */
+static ALWAYS_INLINE void FN(into_lanes)(const REAL *const *row, idx d, int n, const vec *scale,
+                                         REAL *lanes, idx stride)
 {
     vec v[VLEN];
     EACH (i, VLEN)
         v[i] = n == VLEN ? v_load(row[i] + d) : v_load_n(row[i] + d, n);
     v_transpose(v);
     EACH (c, VLEN)
-        v_store(lanes + c * stride, v[c]);
+        v_store(lanes + c * stride, scale ? v_mul(v[c], *scale) : v[c]);
 }
 
 /* All `cols` columns of VLEN rows into lanes[cols][stride]. */
-static void FN(rows_into_lanes)(const REAL *const *row, idx cols, REAL *lanes, idx stride)
+static ALWAYS_INLINE void FN(rows_into_lanes)(const REAL *const *row, idx cols, const vec *scale,
+                                              REAL *lanes, idx stride)
 {
     idx d = 0;
     for (; d + VLEN <= cols; d += VLEN)
-        FN(into_lanes)(row, d, VLEN, lanes + d * stride, stride);
+        FN(into_lanes)(row, d, VLEN, scale, lanes + d * stride, stride);
     if (d < cols)
-        FN(into_lanes)(row, d, (int)(cols - d), lanes + d * stride, stride);
+        FN(into_lanes)(row, d, (int)(cols - d), scale, lanes + d * stride, stride);
 }
 
 /* The way back: the first `live` rows get n numbers from column d on. Adding +0 turns -0 into +0,

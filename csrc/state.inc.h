@@ -17,14 +17,17 @@ static size_t FN(state_bytes)(const FN(shape) * shape)
     return 2 * FN(lines)(LANES) + FN(lines)(shape->o);
 }
 
-/* Nothing seen yet: the neutral element of merging. */
+/* Nothing seen yet: the neutral element of merging. Of o, [o_rows][stride], the live columns. */
 static void FN(reset)(mha_tile *t)
 {
+    const vec zero = v_set1(0);
     for (int i = 0; i < LANES; i += VLEN) {
         v_store((REAL *)t->m + i, v_set1(-LARGEST));
-        v_store((REAL *)t->l + i, v_set1(0));
+        v_store((REAL *)t->l + i, zero);
     }
-    memset(t->o, 0, t->state_bytes - (size_t)((char *)t->o - (char *)t->m));
+    for (idx row = 0; row < t->o_rows; row++)
+        for (idx col = 0; col < t->o_live; col += VLEN)
+            v_store((REAL *)t->o + row * t->o_stride + col, zero);
 }
 
 static void FN(save)(mha_tile *t, void *record)
@@ -73,7 +76,6 @@ static mha_tile *FN(open_tile)(const mha_problem *p, idx task, const FN(shape) *
     }
     t->state_bytes = FN(state_bytes)(shape);
     mha_tile_begin(t, p, task, LANES, VLEN);
-    FN(reset)(t);
     return t;
 }
 
