@@ -1,15 +1,12 @@
 /* Few query rows: keys in the lanes. For a panel of keys,
- *     S = Q K^T           rows are queries, read as broadcast scalars; K is transposed in registers
- *                         into a panel that all rows of the tile share
- *     P = exp2(S - m)     along the rows
- *     O (+)= P V          rows are queries; V rows are read as vectors
- * K and V are read once for all heads of a group. Every chain runs over the same numbers in the
- * same order as in prefill.inc.h, so the bits are the same. */
+ *     S = Q K^T           rows are queries, read as broadcast scalars; K is transposed in
+ * registers, once for all rows of the tile P = exp2(S - m)     along the rows O (+)= P V rows are
+ * queries; V rows are read as vectors K and V are read once for all heads of a group. Every chain
+ * runs over the same numbers in the same order as in prefill.inc.h, so the bits are the same. */
 
-#define KEY_LANES (DECODE_NV(1) * VLEN) /* keys of a panel */
-#define SCORE_ROW                                                                                  \
-    (MHA_KEY_BLOCK + KEY_LANES) /* row stride of S: room for the last panel's tail                 \
-                                 */
+#define PANEL (4 * VLEN)                  /* keys whose scores are computed together */
+#define VALUE_RUN 16                      /* keys whose values stay in L1 meanwhile */
+#define SCORE_ROW (MHA_KEY_BLOCK + PANEL) /* row stride of S: room for the last panel's tail */
 
 /* Call f with a constant number of rows and the row it starts at. */
 #define BY_ROWS(total, f, ...)                                                                     \
@@ -25,56 +22,65 @@
             f(__VA_ARGS__, row, 1);                                                                \
     } while (0)
 
-/* Ask for the rows of keys that come next; what lies past the array is asked for in vain. K is read
- * 16 rows at once and V in strips of a few lines, which no hardware prefetcher follows. */
-static ALWAYS_INLINE void FN(prefetch_keys)(const void *block, int key, int keys, idx stride,
-                                            idx dim)
+/* Ask for columns [d, d + n) of `keys` rows that come later; what lies past the array is asked for
+ * in vain. K is read VLEN rows at once and V in strips of a few lines, which no hardware prefetcher
+ * follows; asking piece by piece, as the pieces before are used, keeps the memory evenly busy. */
+static ALWAYS_INLINE void FN(prefetch_keys)(const REAL *row, idx stride, int keys, idx d, idx n)
 {
     enum { LINE = 64 / sizeof(REAL) };
-    for (int j = key; j < key + keys; j++)
-        for (idx d = 0; d < dim; d += LINE)
-            PREFETCH((const REAL *)block + j * stride + d);
+    for (idx at = (d + LINE - 1) / LINE * LINE; at < d + n; at += LINE)
+        for (int j = 0; j < keys; j++)
+            PREFETCH(row + j * stride + at);
 }
 
-/* K^T of keys j to j + KEY_LANES - 1 into panel[head_dim][KEY_LANES]. Keys past the visible ones
- * are not read: their lanes repeat the last. */
-static void FN(pack_k)(const mha_tile *t, int j, REAL *panel)
+/* Add head dims d to d + n - 1 to the scores of VLEN keys from `key` on; v[c] holds dim d + c of
+ * these keys. n is a constant VLEN but for the last. */
+static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, const vec *v, idx d, int n,
+                                                int key, int row, int rows)
 {
     const idx dim = t->problem->head_dim;
-    for (int v = 0; v < KEY_LANES && j + v < t->end[0]; v += VLEN) {
-        const REAL *row[VLEN];
-        for (int i = 0; i < VLEN; i++) {
-            const int key = j + v + i < t->end[0] ? j + v + i : t->end[0] - 1;
-            row[i] = (const REAL *)t->k_block + key * t->k_row;
-        }
-        FN(prefetch_keys)(t->k_block, j + v + KEY_LANES, VLEN, t->k_row, dim);
-        FN(rows_into_lanes)(row, dim, NULL, panel + v, KEY_LANES);
-    }
-}
-
-static ALWAYS_INLINE void FN(decode_score_chunk)(const mha_tile *t, int j, int v, int row, int rows,
-                                                 int nv)
-{
-    const idx dim = t->problem->head_dim;
-    REAL *s = (REAL *)t->s + row * SCORE_ROW + j + v;
-    vec acc[16];
-    EACH (i, rows * nv)
-        acc[i] = v_set1(0);
-    FN(multiply)(acc, rows, nv, dim, (const REAL *)t->q_panel + row * dim, dim, 1,
-                 (const REAL *)t->o_block + v, KEY_LANES);
+    const REAL *q = (const REAL *)t->q_panel + row * dim + d;
+    REAL *s = (REAL *)t->s + row * SCORE_ROW + key;
+    vec acc[4];
     EACH (i, rows)
-        EACH (c, nv)
-            v_store(s + i * SCORE_ROW + c * VLEN, acc[i * nv + c]);
+        acc[i] = v_load(s + i * SCORE_ROW);
+    EACH (c, VLEN)
+        if (c < n)
+            EACH (i, rows)
+                acc[i] = v_fma(v_set1(q[i * dim + c]), v[c], acc[i]);
+    EACH (i, rows)
+        v_store(s + i * SCORE_ROW, acc[i]);
 }
 
-static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, int j, int row, int rows)
+/* Scores of keys j to j + keys - 1 <= PANEL. Each piece of K is used as soon as it is transposed
+ * and never stored; the keys of a panel take turns, so their chains over head_dim overlap. Keys
+ * past the visible ones are not read: their lanes repeat the last. */
+static void FN(decode_score_panel)(const mha_tile *t, int j, int keys)
 {
-    const int nv = DECODE_NV(rows), keys = t->end[0] - j < KEY_LANES ? t->end[0] - j : KEY_LANES;
-    int v = 0;
-    for (; v + nv * VLEN - VLEN < keys; v += nv * VLEN)
-        FN(decode_score_chunk)(t, j, v, row, rows, nv);
-    for (; v < keys; v += VLEN)
-        FN(decode_score_chunk)(t, j, v, row, rows, 1);
+    const idx dim = t->problem->head_dim;
+    const REAL *key[PANEL];
+    for (int i = 0; i < PANEL; i++)
+        key[i] = (const REAL *)t->k_block + (j + (i < keys ? i : keys - 1)) * t->k_row;
+    for (int row = 0; row < t->rows; row++)
+        for (int i = 0; i < keys; i += VLEN)
+            v_store((REAL *)t->s + row * SCORE_ROW + j + i, v_set1(0));
+    for (idx d = 0; d < dim; d += VLEN)
+        for (int i = 0; i < keys; i += VLEN) {
+            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
+            vec v[VLEN];
+            FN(prefetch_keys)(key[i] + PANEL * t->k_row, t->k_row, VLEN, d, n);
+            if (n == VLEN) {
+                EACH (c, VLEN)
+                    v[c] = v_load(key[i + c] + d);
+                v_transpose(v);
+                BY_ROWS(t->rows, FN(decode_score_rows), t, v, d, VLEN, j + i);
+            } else {
+                EACH (c, VLEN)
+                    v[c] = v_load_n(key[i + c] + d, n);
+                v_transpose(v);
+                BY_ROWS(t->rows, FN(decode_score_rows), t, v, d, n, j + i);
+            }
+        }
 }
 
 /* Hide what the row may not see and the tail of its last vector, and take the maximum; whether
@@ -112,9 +118,8 @@ static int FN(decode_scores)(mha_tile *t, idx block)
     const int num_mixed = FN(open_block)(t, block, mixed, 0);
     if (num_mixed < 0)
         return 0;
-    for (int j = t->begin[0]; j < t->end[0]; j += KEY_LANES) {
-        FN(pack_k)(t, j, t->o_block);
-        BY_ROWS(t->rows, FN(decode_score_rows), t, j);
+    for (int j = t->begin[0]; j < t->end[0]; j += PANEL) {
+        FN(decode_score_panel)(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL);
     }
     int hidden = 0;
     for (int row = 0; row < t->rows; row++) {
@@ -140,7 +145,11 @@ static void FN(decode_softmax)(mha_tile *t)
             const vec x = v_load(s + j), p = FN(exp2_vec)(v_sub(x, m));
             v_store(s + j, v_if_equal(x, minus_inf, minus_zero, p));
         }
-        for (int j = t->begin[0]; j < t->end[0]; j++)
+        int j = t->begin[0];
+        for (; j + VLEN <= t->end[0]; j += VLEN) /* unrolled: a chain that other work can overlap */
+            EACH (i, VLEN)
+                sum += s[j + i];
+        for (; j < t->end[0]; j++)
             sum += s[j];
         ((REAL *)t->l_block)[row] = sum;
     }
@@ -153,6 +162,8 @@ static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, i
     const idx dim = t->problem->head_dim_v;
     REAL *part = (REAL *)t->o_block + row * dim + d;
     vec acc[16];
+    FN(prefetch_keys)((const REAL *)t->v_block + end * t->v_row, t->v_row, end - begin, d,
+                      nv * VLEN);
     EACH (i, rows)
         EACH (v, nv)
             acc[i * nv + v] = v_load(part + i * dim + v * VLEN);
@@ -223,18 +234,18 @@ static void FN(decode_merge)(mha_tile *t, const void *record)
     FN(decode_merge_part)(t, (const REAL *)(r + o));
 }
 
-/* Keys in runs that stay in L1 while all rows and head dims pass over them. */
+/* Where rows and head dims pass over the values more than once, keys go in runs that stay in L1. */
 static void FN(decode_weighted_sum)(mha_tile *t)
 {
-    enum { KEYS_AT_ONCE = 16 };
-    const int guarded = t->hidden && !FN(values_finite)(t);
     const idx dim = t->problem->head_dim_v;
+    const int guarded = t->hidden && !FN(values_finite)(t);
+    const int once = t->rows == 1 && dim <= DECODE_NV(1) * VLEN;
+    const int run = once ? MHA_KEY_BLOCK : VALUE_RUN;
     REAL *part = t->o_block;
     FN(merge_sums)(t, t->m_block, t->l_block, 1);
     memset(part, 0, sizeof(REAL) * (size_t)(t->rows * dim));
-    for (int j = t->begin[0]; j < t->end[0]; j += KEYS_AT_ONCE) {
-        const int end = t->end[0] - j < KEYS_AT_ONCE ? t->end[0] : j + KEYS_AT_ONCE;
-        FN(prefetch_keys)(t->v_block, j + KEYS_AT_ONCE, KEYS_AT_ONCE, t->v_row, dim);
+    for (int j = t->begin[0]; j < t->end[0]; j += run) {
+        const int end = t->end[0] - j < run ? t->end[0] : j + run;
         BY_ROWS(t->rows, FN(decode_value_rows), t, j, end, guarded);
     }
     FN(decode_merge_part)(t, part);
@@ -242,8 +253,8 @@ static void FN(decode_weighted_sum)(mha_tile *t)
 
 static FN(shape) FN(decode_shape)(const mha_problem *p)
 {
-    const idx o = VLEN * p->head_dim_v, panel = (p->head_dim + VLEN) * KEY_LANES;
-    return (FN(shape)){VLEN * p->head_dim, VLEN * SCORE_ROW, o, panel > o ? panel : o};
+    const idx o = VLEN * p->head_dim_v;
+    return (FN(shape)){VLEN * p->head_dim, VLEN * SCORE_ROW, o, o};
 }
 
 static size_t FN(decode_state_bytes)(const mha_problem *p)

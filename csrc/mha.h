@@ -95,7 +95,7 @@ typedef struct {
     void *a, *b;                  /* factors of the state and of the block when they merge */
     void *q_panel;                /* Q times scale * log2(e), in the kernel's order */
     void *s;                      /* scores, then probabilities */
-    void *o_block;         /* prefill: weighted sum in pieces; decode: K^T of a panel of keys */
+    void *o_block;                /* the weighted sum of the block, in pieces */
     void *k_copy, *v_copy; /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
     void *strip;           /* rows on their way through a transpose or a conversion */
 } mha_tile;

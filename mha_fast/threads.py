@@ -7,7 +7,6 @@ container's CPU quota where neither variable is set. Small calls use fewer, or o
 
 import math
 import os
-from pathlib import Path
 
 from . import _core
 
@@ -68,18 +67,21 @@ def from_environment():
     return min(int(text), 2**20)
 
 
+def _read(name):
+    with open(f"/sys/fs/cgroup/{name}") as file:
+        return file.read()
+
+
 def cpu_quota():
     """CPUs that the container's control group grants, rounded up; 0 where it sets no limit.
 
     Reads the Linux kernel's interface files: cpu.max (version 2), cpu.cfs_* (version 1).
     """
-    root = Path("/sys/fs/cgroup")
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        quota, period = _read("cpu.max").split()
     except (OSError, ValueError):
         try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
+            quota, period = _read("cpu/cpu.cfs_quota_us"), _read("cpu/cpu.cfs_period_us")
         except OSError:
             return 0
     try:
