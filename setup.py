@@ -56,7 +56,7 @@ setup(
             "mha_fast._core",
             ["mha_fast/_core.pyx", *sorted(glob("csrc/*.c") + glob("csrc/isa/*.c"))],
             include_dirs=["csrc", numpy.get_include()],
-            depends=glob("csrc/**/*.[hd]*", recursive=True),
+            depends=glob("csrc/**/*.[hd]*", recursive=True) + glob("mha_fast/*.p[x]*"),
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         )
     ],

@@ -47,11 +47,13 @@ static int FN(any_nonzero)(vec x)
     return any;
 }
 
+/* Rule 2 of the canonical arithmetic; what an earlier term hid stays hidden, whatever this one is.
+ */
 static ALWAYS_INLINE vec FN(with_term)(vec s, vec term)
 {
     const vec minus_inf = v_set1(-(REAL)INFINITY);
     const vec sum = v_max(v_set1(-LARGEST), v_fma(term, v_set1((REAL)LOG2_E), s));
-    return v_if_equal(term, minus_inf, minus_inf, sum);
+    return v_if_equal(s, minus_inf, s, v_if_equal(term, minus_inf, term, sum));
 }
 
 /* Set the tile to a block of keys; k_any_col: K may have any stride along head_dim. Returns how

@@ -5,6 +5,10 @@ from libc.stdint cimport int64_t, uint64_t
 ctypedef Py_ssize_t idx
 
 
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() noexcept      # the exception stays set for `run` to report
+
+
 cdef extern from "mha.h" nogil:
     enum:
         MHA_MAX_AXES

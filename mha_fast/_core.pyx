@@ -8,7 +8,6 @@ error. attention.py then says what is wrong, or makes the arguments plain and ca
 import os
 
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
@@ -37,6 +36,8 @@ cdef double WORK_PER_THREAD = 1e6
 cdef double WORK_PER_SIGNAL_CHECK = 2e9
 # Tasks per thread below which keys are split too, so that no thread waits long for the last.
 cdef int TASKS_PER_THREAD = 4
+# Partial results of split keys that are kept at a time.
+cdef idx RECORD_BYTES_PER_THREAD = 1 << 21
 
 
 cdef struct call_state:
@@ -44,19 +45,22 @@ cdef struct call_state:
     const mha_kernels *kernels
     idx tiles
     idx blocks              # of keys, per tile
-    idx chunk               # blocks per task; equal to `blocks` unless keys are split
-    idx chunks              # tasks per tile
+    idx chunk               # blocks per task
+    idx chunks              # tasks per tile; 1 unless keys are split
     idx signal_interval
     int status
-    # Only where keys are split: the state after each block, and the chunks still missing.
-    char *records           # [tiles][blocks][record_bytes]
+    # Only where keys are split. Blocks go in waves, which bounds the memory of partial results.
+    idx wave                # blocks per wave
+    idx wave_begin          # first block of the wave at hand
+    char *records           # [tiles][1 + wave][record_bytes]: the waves before, then each block
     size_t record_bytes
-    int *missing            # [tiles]
+    int *missing            # [tiles] chunks not yet done
 
 
 cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     """One tile of queries over the blocks of keys it can see, as in the paper."""
-    cdef idx block, first = chunk * call.chunk, last = first + call.chunk
+    cdef idx block, first = call.wave_begin + chunk * call.chunk
+    cdef idx last = min(first + call.chunk, call.wave_begin + call.wave)
     cdef bint split = call.chunks > 1
     cdef const mha_kernel *kernel = call.kernels.prefill
     if mha_tile_rows(call.problem, tile_index, kernel.lanes) <= call.kernels.decode.lanes:
@@ -69,22 +73,33 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
             kernel.softmax_block(tile)                     # P = exp(S - max), sums
             kernel.weighted_sum_block(tile)                # O = rescaled O + P V
         if split:
-            kernel.save(tile, record_of(call, tile_index, block))
-    if split:
-        if not mha_was_last(&call.missing[tile_index]):
-            return OK
-        for block in range(tile.first_block, tile.last_block):
-            kernel.merge(tile, record_of(call, tile_index, block))  # in key order
-    kernel.finish(tile)                                    # O / sum, log-sum-exp
+            kernel.save(tile, record_of(call, tile_index, 1 + block - call.wave_begin))
+    if not split or merge_wave(call, kernel, tile, tile_index):
+        kernel.finish(tile)                                # O / sum, log-sum-exp
     return OK
 
 
-cdef char *record_of(call_state *call, idx tile, idx block) noexcept nogil:
-    return call.records + (tile * call.blocks + block) * call.record_bytes
+cdef bint merge_wave(call_state *call, const mha_kernel *kernel, mha_tile *tile,
+                     idx tile_index) noexcept nogil:
+    """The last chunk of a tile merges all of the wave, in key order. True: the tile is complete."""
+    cdef idx block, end = call.wave_begin + call.wave
+    if not mha_was_last(&call.missing[tile_index]):
+        return False
+    if call.wave_begin > 0:
+        kernel.merge(tile, record_of(call, tile_index, 0))
+    for block in range(max(call.wave_begin, tile.first_block), min(end, tile.last_block)):
+        kernel.merge(tile, record_of(call, tile_index, 1 + block - call.wave_begin))
+    if end < call.blocks:
+        kernel.save(tile, record_of(call, tile_index, 0))
+    return end >= call.blocks
+
+
+cdef char *record_of(call_state *call, idx tile_index, idx slot) noexcept nogil:
+    return call.records + (tile_index * (1 + call.wave) + slot) * call.record_bytes
 
 
 cdef int pending_signal() noexcept with gil:
-    return PyErr_CheckSignals()     # leaves the exception set; `run` returns -1 for it
+    return PyErr_CheckSignals()
 
 
 cdef void step(call_state *call, idx task) noexcept nogil:
@@ -102,50 +117,62 @@ cdef int split_keys(call_state *call, int threads) except -1:
     """Where tiles are too few for the threads, make tasks of runs of key blocks, whose partial
     results merge in key order: the arithmetic is the same, split or not."""
     cdef const mha_problem *p = call.problem
-    cdef idx i
+    cdef idx wanted = TASKS_PER_THREAD * threads, affordable
     call.blocks = (p.seqlen_k + MHA_KEY_BLOCK - 1) // MHA_KEY_BLOCK
-    call.chunks, call.chunk = 1, call.blocks
-    if threads > 1 and call.tiles < TASKS_PER_THREAD * threads and call.tiles % threads:
-        call.chunks = min(call.blocks, (TASKS_PER_THREAD * threads + call.tiles - 1) // call.tiles)
-        call.chunk = (call.blocks + call.chunks - 1) // call.chunks
-        call.chunks = (call.blocks + call.chunk - 1) // call.chunk
-    if call.chunks == 1:
+    call.wave = call.chunk = call.blocks
+    call.chunks = 1
+    if threads == 1 or call.tiles >= wanted or call.tiles % threads == 0 or call.blocks < 2:
         return 0
     call.record_bytes = max(call.kernels.prefill.state_bytes(p), call.kernels.decode.state_bytes(p))
-    call.records = <char *>malloc(call.tiles * call.blocks * call.record_bytes)
+    affordable = threads * RECORD_BYTES_PER_THREAD // (call.tiles * call.record_bytes)
+    call.wave = min(call.blocks, max(wanted, affordable))
+    call.chunk = max(1, call.wave * call.tiles // wanted)
+    call.chunks = (call.wave + call.chunk - 1) // call.chunk
+    if call.chunks == 1:
+        return 0
+    call.records = <char *>malloc(call.tiles * (1 + call.wave) * call.record_bytes)
     call.missing = <int *>malloc(call.tiles * sizeof(int))
     if call.records == NULL or call.missing == NULL:
         raise MemoryError("no memory for the partial results of split keys")
-    for i in range(call.tiles):
-        call.missing[i] = <int>call.chunks
     return 0
+
+
+cdef void run_wave(call_state *call, int threads) noexcept nogil:
+    cdef idx task, tasks = call.tiles * call.chunks
+    if call.missing != NULL:
+        for task in range(call.tiles):
+            call.missing[task] = <int>call.chunks
+    if threads <= 1:
+        for task in range(tasks):
+            step(call, task)
+    else:
+        for task in prange(tasks, schedule="dynamic", chunksize=1, num_threads=threads):
+            step(call, task)
 
 
 cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) except -1:
     """All tasks. Threads share nothing but the counter of tasks, so they cannot change a bit."""
     cdef call_state call
-    cdef idx task, tasks
-    cdef double rows = <double>p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v)
-    cdef double work = rows * (2.0 * p.group_size * p.seqlen_q + 4 * WORK_PER_BYTE)
+    cdef double keys = <double>p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v)
+    cdef double work = keys * (2.0 * p.group_size * p.seqlen_q + 4 * WORK_PER_BYTE), tasks
     memset(&call, 0, sizeof(call))
     call.problem = p
     call.kernels = kernels
     call.tiles = mha_tile_count(p, kernels.prefill.lanes)
-    threads = min(threads, <int>min(work / WORK_PER_THREAD, 1e6))
+    threads = max(1, min(threads, <int>min(work / WORK_PER_THREAD, 1e6)))
     if forked or omp_in_parallel():
         threads = 1
     try:
         split_keys(&call, threads)
         tasks = call.tiles * call.chunks
-        threads = min(threads, <int>min(tasks, 1 << 20))
+        threads = <int>min(threads, tasks)
         call.signal_interval = <idx>(1 + WORK_PER_SIGNAL_CHECK * tasks / (work + 1))
         with nogil:
-            if threads <= 1:
-                for task in range(tasks):
-                    step(&call, task)
-            else:
-                for task in prange(tasks, schedule="dynamic", chunksize=1, num_threads=threads):
-                    step(&call, task)
+            while True:
+                run_wave(&call, threads)
+                call.wave_begin += call.wave
+                if call.wave_begin >= call.blocks or call.status != OK:
+                    break
     finally:
         free(call.records)
         free(call.missing)
@@ -154,145 +181,7 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
     return -1 if call.status == INTERRUPTED else 0
 
 
-# ---- Arrays to C ---------------------------------------------------------------------------------
-
-cdef int bfloat16 = -1      # NumPy's number of ml_dtypes.bfloat16, once somebody has shown us one
-
-
-cdef int dtype_of(cnp.ndarray array) noexcept:
-    cdef int number = cnp.PyArray_TYPE(array)
-    if not cnp.PyArray_ISNOTSWAPPED(array):
-        return -1
-    if number == cnp.NPY_FLOAT32:
-        return MHA_F32
-    if number == cnp.NPY_FLOAT64:
-        return MHA_F64
-    if number == cnp.NPY_FLOAT16:
-        return MHA_F16
-    if number == cnp.NPY_BOOL:
-        return MHA_BOOL
-    if number == bfloat16:
-        return MHA_BF16
-    return -1
-
-
-cdef bint fit(idx have, idx want, idx stride, idx *result) noexcept:
-    """The stride of an axis of `have` entries broadcast to `want`."""
-    result[0] = 0 if have == 1 else stride
-    return have == want or have == 1
-
-
-cdef idx axis(cnp.ndarray array, int from_end) noexcept:
-    """Length of an axis counted from the end; 1 where the array has no such axis."""
-    cdef int i = cnp.PyArray_NDIM(array) - from_end
-    return cnp.PyArray_DIM(array, i) if i >= 0 else 1
-
-
-cdef idx stride(cnp.ndarray array, int from_end) noexcept:
-    cdef int i = cnp.PyArray_NDIM(array) - from_end
-    return cnp.PyArray_STRIDE(array, i) if i >= 0 else 0
-
-
-cdef bint describe(mha_problem *p, mha_array *a, cnp.ndarray array, idx heads, idx rows, idx cols,
-                   int core) noexcept:
-    """Fill in an array whose last `core` axes broadcast to (heads, rows, cols), cut from the left."""
-    cdef int i
-    a.data = cnp.PyArray_BYTES(array)
-    a.dtype = dtype_of(array)
-    a.head = a.row = a.col = 0
-    if core == 3:
-        if not (fit(axis(array, 1), cols, stride(array, 1), &a.col)
-                and fit(axis(array, 2), rows, stride(array, 2), &a.row)
-                and fit(axis(array, 3), heads, stride(array, 3), &a.head)):
-            return False
-    elif core == 2:
-        if not (fit(axis(array, 1), rows, stride(array, 1), &a.row)
-                and fit(axis(array, 2), heads, stride(array, 2), &a.head)):
-            return False
-    if cnp.PyArray_NDIM(array) > core + p.batch_axes:
-        return False
-    for i in range(p.batch_axes):
-        if not fit(axis(array, core + p.batch_axes - i), p.batch_shape[i],
-                   stride(array, core + p.batch_axes - i), &a.batch[i]):
-            return False
-    return True
-
-
-cdef bint plain(object x) noexcept:
-    return type(x) is cnp.ndarray
-
-
-cdef bint set_sizes(mha_problem *p, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
-                    int axes) noexcept:
-    """Sizes and broadcast batch shape of q, k, v; False where they do not fit."""
-    cdef idx n, heads = axis(q, 3)
-    cdef int i
-    cdef cnp.ndarray array
-    p.batch_axes = max(axes - 3, 0)
-    p.kv_heads = axis(k, 3)
-    p.seqlen_q, p.seqlen_k = axis(q, 2), axis(k, 2)
-    p.head_dim, p.head_dim_v = axis(q, 1), axis(v, 1)
-    if axis(k, 1) != p.head_dim or axis(v, 2) != p.seqlen_k or axis(v, 3) != p.kv_heads:
-        return False
-    if heads % p.kv_heads if p.kv_heads else heads:
-        return False
-    p.group_size = heads // p.kv_heads if p.kv_heads else 1
-    p.batch = 1
-    for i in range(p.batch_axes):
-        p.batch_shape[i] = 1
-        for array in (q, k, v):
-            n = axis(array, axes - i)
-            if n != 1 and p.batch_shape[i] != 1 and n != p.batch_shape[i]:
-                return False
-            if n != 1:
-                p.batch_shape[i] = n
-        p.batch *= p.batch_shape[i]
-    return True
-
-
-cdef bint set_terms(mha_problem *p, object mask, object bias, idx heads) noexcept:
-    cdef object term
-    p.num_terms = 0
-    for term in (mask, bias):
-        if term is None:
-            continue
-        if not plain(term) or not describe(p, &p.terms[p.num_terms], term, heads, p.seqlen_q,
-                                           p.seqlen_k, 3):
-            return False
-        if p.terms[p.num_terms].dtype < (MHA_BOOL if term is mask else MHA_F16):
-            return False
-        p.num_terms += 1
-    return True
-
-
-cdef bint set_integers(mha_problem *p, mha_array *a, object x) noexcept:
-    """Batch-shaped int64 values; attention.py has made them so and checked them."""
-    return x is None or describe(p, a, x, 1, 1, 1, 0)
-
-
-cdef object new_array(mha_problem *p, int ndim, idx heads, idx last, int dtype):
-    """An uninitialised (batch..., heads, seqlen_q[, last]) array; two-dimensional inputs have no
-    heads axis. `last` < 0: none."""
-    cdef cnp.npy_intp shape[MHA_MAX_AXES]
-    cdef int i, number, n = 0
-    for i in range(p.batch_axes):
-        shape[n] = p.batch_shape[i]
-        n += 1
-    if ndim > 2:
-        shape[n] = heads
-        n += 1
-    shape[n] = p.seqlen_q
-    n += 1
-    if last >= 0:
-        shape[n] = last
-        n += 1
-    number = (cnp.NPY_FLOAT64 if dtype == MHA_F64 else cnp.NPY_FLOAT32 if dtype == MHA_F32
-              else cnp.NPY_FLOAT16 if dtype == MHA_F16 else bfloat16)
-    return cnp.PyArray_SimpleNew(n, shape, number)
-
-
-cdef int promote(int a, int b) noexcept:
-    return a if a == b else MHA_F64 if a == MHA_F64 or b == MHA_F64 else MHA_F32
+include "_arrays.pxi"
 
 
 def forward(object q, object k, object v, object mask=None, object bias=None, object causal=False,

@@ -30,16 +30,19 @@ def plain_arguments(
     kv_lengths = _integers("kv_lengths", kv_lengths, batch, 0, k.shape[-2])
     if out is not None:
         inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
-        _check_out(out, (*rows, v.shape[-1]), result_dtype(q, k, v), inputs)
+        out = _out(out, (*rows, v.shape[-1]), result_dtype(q, k, v), inputs)
     return (
-        q, k, v, mask, bias, bool(causal), _scale(scale), _threads(threads),
+        q, k, v, mask, bias, bool(causal), _scale(scale), thread_count("threads", threads),
         bool(return_lse), out, q_offset, kv_lengths, _window(window),
     )  # fmt: skip
 
 
 def result_dtype(q, k, v):
-    """NumPy's promotion; bfloat16 beside another float promotes as `ml_dtypes` says."""
-    return np.result_type(q.dtype, k.dtype, v.dtype)
+    """NumPy's promotion of floats, where float16 beside bfloat16 is float32."""
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if len(dtypes) == 1:
+        return q.dtype
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
 def is_float(dtype):
@@ -58,7 +61,10 @@ def _array(name, x):
         raise TypeError(f"{name} is sparse ({type(x).__name__}): pass {name}.toarray()")
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         x = np.from_dlpack(x)
-    x = np.asarray(x)
+    try:
+        x = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name} is a {type(x).__name__} that is no array: {error}") from None
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
@@ -139,19 +145,24 @@ def _scale(scale):
         return None
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(f"scale is {scale!r}, expected a number or None")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale!r}, expected a finite number")
-    return float(scale)
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"scale is {value!r}, expected a finite number")
+    return value
 
 
-def _threads(threads):
-    if threads is None:
+def thread_count(name, count):
+    """A positive int, or None."""
+    if count is None:
         return None
-    if not isinstance(threads, numbers.Integral) or isinstance(threads, bool):
-        raise TypeError(f"threads is {threads!r}, expected a positive int or None")
-    if threads < 1:
-        raise ValueError(f"threads is {threads}, expected at least 1")
-    return min(int(threads), 2**20)
+    if not isinstance(count, numbers.Integral) or isinstance(count, bool):
+        raise TypeError(f"{name} is {count!r}, expected a positive int or None")
+    if count < 1:
+        raise ValueError(f"{name} is {count}, expected at least 1")
+    return min(int(count), 2**20)
 
 
 def _window(window):
@@ -172,8 +183,9 @@ def _window(window):
     return tuple(sides)
 
 
-def _check_out(out, shape, dtype, inputs):
-    if type(out) is not np.ndarray:
+def _out(out, shape, dtype, inputs):
+    """`out` as an exact ndarray, writeable and on its own."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out is a {type(out).__name__}, expected an ndarray")
     if out.dtype != dtype or not out.dtype.isnative:
         raise TypeError(f"out has dtype {out.dtype.str}, expected {dtype}")
@@ -182,13 +194,14 @@ def _check_out(out, shape, dtype, inputs):
     if not out.flags.writeable:
         raise ValueError("out is read-only, expected a writeable array")
     reach = out.itemsize
-    for step, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape)):  # noqa: B905
-        if length > 1 and step < reach:
+    for step, length in sorted(zip(map(abs, out.strides), out.shape, strict=True)):
+        if out.size and length > 1 and step < reach:
             raise ValueError("out overlaps itself: two of its elements share memory")
         reach += step * (length - 1)
     for name, x in inputs.items():
         if x is not None and _overlap(out, x):
             raise ValueError(f"out overlaps {name}, expected memory of its own")
+    return np.asarray(out)
 
 
 def _overlap(a, b):

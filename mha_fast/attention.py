@@ -118,4 +118,6 @@ def attention(
                 kv_lengths, window,
             )
         )  # fmt: skip
+    if out is not None:  # itself, were it a subclass such as memmap
+        result = (out, result[1]) if return_lse else out
     return AttentionResult(*result) if return_lse else result

@@ -9,6 +9,7 @@ import math
 import os
 
 from . import _core
+from .arguments import thread_count
 
 VARIABLE = "MHA_FAST_NUM_THREADS"
 
@@ -36,14 +37,7 @@ def set_num_threads(count):
     >>> get_num_threads() == before
     True
     """
-    if count is None:
-        _core.set_threads(from_environment())
-        return
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"count is {count!r}, expected a positive int or None")
-    if count < 1:
-        raise ValueError(f"count is {count}, expected at least 1")
-    _core.set_threads(min(count, 2**20))
+    _core.set_threads(from_environment() if count is None else thread_count("count", count))
 
 
 def get_num_threads():

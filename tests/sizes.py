@@ -1,0 +1,71 @@
+"""The sizes and arrays that all tests draw from.
+
+The constants repeat the kernel's; test_house_rules.py compares them with the source.
+"""
+
+import ml_dtypes
+import numpy as np
+
+KEY_BLOCK = 192
+VECTOR = {"avx512": 16, "avx2": 8, "generic": 4}  # float32 numbers in a vector
+TILE = {"avx512": 64, "avx2": 24, "generic": 8}  # query rows in a float32 tile
+FEW = {isa: (3 * n + 3) // 4 for isa, n in VECTOR.items()}  # rows that decode takes
+PRIMES = (3, 5, 13, 31, 67, 101)
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+REALS = [np.dtype(np.float32), np.dtype(np.float64)]
+DTYPES = [np.dtype(np.float16), BFLOAT16, *REALS]
+
+
+def around(*sizes):
+    return {size + step for size in sizes for step in (-1, 0, 1)}
+
+
+SEQLENS = sorted(
+    {1, *PRIMES, *around(KEY_BLOCK, 2 * KEY_BLOCK)}
+    | around(*VECTOR.values(), *TILE.values(), *FEW.values())
+)
+HEAD_DIMS = sorted({1, *PRIMES, *around(*VECTOR.values(), 64), 128})
+
+
+def tile(isa, dtype):
+    """Query rows in a tile of this ISA and storage dtype."""
+    return TILE[isa] // 2 if dtype == np.float64 else TILE[isa]
+
+
+def random(*shape, dtype=np.float32, seed=0):
+    """Standard normal numbers, rounded to the storage dtype."""
+    rng = np.random.default_rng([seed, *shape])
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def qkv(seqlen_q, seqlen_k, head_dim=8, head_dim_v=None, **more):
+    """q, k, v of `batch`, `heads` and `kv_heads`; `dtype` and `seed` as in random."""
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    dtype, seed = more.get("dtype", np.float32), more.get("seed", 0)
+    batch, heads = more.get("batch", (2,)), more.get("heads", 2)
+    kv_heads = more.get("kv_heads", heads)
+    q = random(*batch, heads, seqlen_q, head_dim, dtype=dtype, seed=seed)
+    k = random(*batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=seed + 1)
+    v = random(*batch, kv_heads, seqlen_k, head_dim_v, dtype=dtype, seed=seed + 2)
+    return q, k, v
+
+
+def random_mask(*shape, seed=0, visible=0.7):
+    """True where a key may be seen."""
+    return np.random.default_rng([seed, *shape]).random(shape) < visible
+
+
+def additive(mask, dtype, seed=0):
+    """A float mask that hides the same keys by -inf and adds numbers elsewhere."""
+    terms = random(*mask.shape, dtype=dtype, seed=seed)
+    return np.where(mask, terms, -np.inf).astype(dtype)
+
+
+def lowest(dtype):
+    """The finite number furthest below zero."""
+    return ml_dtypes.finfo(dtype).min
+
+
+def smallest_normal(dtype):
+    return ml_dtypes.finfo(dtype).smallest_normal

@@ -1,0 +1,87 @@
+"""show_config, and what the package says about itself."""
+
+import importlib.metadata
+
+import numpy as np
+import pytest
+
+import mha_fast
+from mha_fast import _core
+
+
+@pytest.fixture
+def config():
+    return mha_fast.show_config(mode="dicts")
+
+
+def test_config_tells_the_versions(config):
+    versions = config["Versions"]
+    assert versions["mha_fast"] == mha_fast.__version__
+    assert versions["numpy"] == np.__version__
+    assert versions["compiler"]
+
+
+def test_config_tells_the_instruction_sets(isa, config):
+    sets = mha_fast.show_config(mode="dicts")["Instruction sets"]
+    assert sets["in use"] == isa
+    assert sets["usable here"].split(", ") == _core.isa_names()
+    assert set(_core.isa_names()) <= set(sets["compiled in"].split(", "))
+
+
+def test_config_tells_threads_and_why(config, restored_threads):
+    assert config["OpenMP"]["threads"] == mha_fast.get_num_threads()
+    mha_fast.set_num_threads(3)
+    openmp = mha_fast.show_config(mode="dicts")["OpenMP"]
+    assert openmp["threads"] == mha_fast.get_num_threads()
+    assert "set_num_threads" in openmp["because of"]
+
+
+def test_config_tells_the_environment(output_of):
+    script = "import mha_fast; print(mha_fast.show_config('dicts')['Environment'])"
+    shown = output_of(script, MHA_FAST_NUM_THREADS="3")
+    assert "'MHA_FAST_NUM_THREADS': '3'" in shown
+
+
+def test_printed_config_holds_every_entry_of_the_dict(capsys, config):
+    assert mha_fast.show_config() is None
+    printed = capsys.readouterr().out
+    for section, entries in config.items():
+        assert f"{section}:\n" in printed
+        for name, value in entries.items():
+            assert f"  {name}: {value}\n" in printed
+
+
+def test_generic_isa_is_always_usable_and_last():
+    assert _core.isa_names()[-1] == "generic"
+
+
+def test_version_is_that_of_the_installed_distribution():
+    assert importlib.metadata.version("mha_fast") == mha_fast.__version__
+
+
+def test_import_loads_neither_threadpoolctl_nor_ml_dtypes(output_of):
+    script = "import sys, mha_fast; print(*sys.modules)"
+    loaded = output_of(script).split()
+    assert not {"threadpoolctl", "ml_dtypes", "scipy", "torch"} & set(loaded)
+
+
+def test_import_leaves_the_warning_and_error_state_alone(output_of):
+    script = """
+import warnings, numpy as np
+before = np.geterr(), list(warnings.filters)
+import mha_fast
+print(before == (np.geterr(), list(warnings.filters)))
+"""
+    assert output_of(script) == "True"
+
+
+def test_subnormal_numbers_survive_import_and_calls(output_of):
+    script = """
+import numpy as np
+tiny = np.full(99, np.finfo(np.float32).smallest_subnormal)
+import mha_fast
+q = np.ones((8, 300, 64), np.float32)
+mha_fast.attention(q, q, q, threads=2)
+print((tiny * np.float32(1) == tiny).all() and (tiny + tiny > tiny).all())
+"""
+    assert output_of(script) == "True"

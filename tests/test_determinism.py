@@ -1,0 +1,223 @@
+"""One row, one answer: equal to the bit whatever is computed beside it, and how."""
+
+import numpy as np
+import pytest
+import sizes
+from judge import assert_same
+from sizes import KEY_BLOCK, qkv, random_mask
+
+from mha_fast import _core, attention
+
+SEQLEN_Q, SEQLEN_K = 131, 2 * KEY_BLOCK + 9
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (100, 30)},
+    "kv_lengths": {"kv_lengths": [KEY_BLOCK + 1, SEQLEN_K], "causal": True},
+    "q_offset": {"q_offset": [3, 200], "causal": True},
+    "mask": {"mask": random_mask(2, 1, SEQLEN_Q, SEQLEN_K)},
+    "float mask": {"mask": sizes.additive(random_mask(SEQLEN_Q, SEQLEN_K), "f4")},
+    "bias": {"bias": sizes.random(4, 1, SEQLEN_K), "scale": -0.7},
+}
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request):
+    return OPTIONS[request.param]
+
+
+def arrays(dtype=np.float32):
+    """Query heads in groups of two, so that rows of two heads share a tile."""
+    return qkv(SEQLEN_Q, SEQLEN_K, 17, 9, heads=4, kv_heads=2, dtype=dtype)
+
+
+def batch_row(options, b):
+    """The options of one batch row, with the batch axis kept."""
+    kept = dict(options)
+    for name in {"kv_lengths", "q_offset"} & set(options):
+        kept[name] = options[name][b : b + 1]
+    mask = options.get("mask")
+    if mask is not None and mask.ndim == 4:
+        kept["mask"] = mask[b : b + 1]
+    return kept
+
+
+def query_rows(options, start, stop):
+    """The options of some query rows: the same positions, said by q_offset."""
+    length = np.asarray(options.get("kv_lengths", SEQLEN_K))
+    offset = np.asarray(options.get("q_offset", length - SEQLEN_Q))
+    kept = options | {"q_offset": offset + start}
+    if "mask" in options:
+        kept["mask"] = options["mask"][..., start:stop, :]
+    return kept
+
+
+def test_bits_are_those_of_one_thread(isa, options):
+    q, k, v = arrays()
+    repeat = 1 if isa == "generic" else 8  # work enough for eight threads
+    q, k, v = (np.concatenate([x] * repeat, axis=1) for x in (q, k, v))
+    options = dict(options)
+    if "bias" in options:
+        options["bias"] = np.concatenate([options["bias"]] * repeat)
+    expected = attention(q, k, v, threads=1, return_lse=True, **options)
+    for threads in range(2, 9):
+        result = attention(q, k, v, threads=threads, return_lse=True, **options)
+        assert_same(result, expected, f"{threads} threads and one")
+
+
+FEW_ROWS = sorted({1, *sizes.around(*sizes.FEW.values()), 65})
+
+
+@pytest.mark.parametrize("seqlen_q", FEW_ROWS)
+@pytest.mark.parametrize("how", ["plain", "causal", "window", "kv_lengths", "mask"])
+def test_keys_split_among_threads_change_no_bit(isa, seqlen_q, how):
+    seqlen_k = (20 if isa == "generic" else 60) * KEY_BLOCK + 9
+    q, k, v = qkv(seqlen_q, seqlen_k, 64, batch=(), heads=3, kv_heads=1)
+    options = {
+        "causal": {"causal": True, "q_offset": seqlen_k // 2},
+        "window": {"window": (10 * KEY_BLOCK + 5, 100), "q_offset": seqlen_k // 2},
+        "kv_lengths": {"kv_lengths": 15 * KEY_BLOCK - 1},
+        "mask": {"mask": random_mask(seqlen_k)},
+    }.get(how, {})
+    expected = attention(q, k, v, threads=1, return_lse=True, **options)
+    for threads in (2, 3, 4, 5, 8):
+        result = attention(q, k, v, threads=threads, return_lse=True, **options)
+        assert_same(result, expected, f"{threads} threads and one")
+    if isa == "generic" or how != "plain":
+        return
+    alone = attention(q[:, -1:], k, v, threads=3, return_lse=True)
+    assert_same(alone.out, expected.out[:, -1:])
+
+
+def test_bits_are_those_of_the_last_call(isa, options):
+    q, k, v = arrays()
+    expected = attention(q, k, v, return_lse=True, **options)
+    for _ in range(20):
+        assert_same(attention(q, k, v, return_lse=True, **options), expected)
+
+
+def test_bits_are_those_of_every_isa(dtype, options):
+    q, k, v = arrays(dtype)
+    before, results = _core.get_isa(), {}
+    for name in _core.isa_names():
+        _core.use_isa(name)
+        results[name] = attention(q, k, v, return_lse=True, **options)
+    _core.use_isa(before)
+    for name, result in results.items():
+        assert_same(result, results["generic"], f"{name} and generic")
+
+
+def test_batch_row_alone_has_the_bits_of_its_batch(isa, real, options):
+    q, k, v = arrays(real)
+    together = attention(q, k, v, return_lse=True, **options)
+    for b in (0, 1):
+        row = (x[b : b + 1] for x in (q, k, v))
+        alone = attention(*row, return_lse=True, **batch_row(options, b))
+        assert_same(alone.out[0], together.out[b])
+        assert_same(alone.lse[0], together.lse[b])
+
+
+def test_heads_apart_have_the_bits_of_heads_together(isa, real):
+    q, k, v = arrays(real)
+    together = attention(q, k, v, causal=True)
+    for head in range(4):
+        kv = [head // 2]
+        alone = attention(q[:, [head]], k[:, kv], v[:, kv], causal=True)
+        assert_same(alone[:, 0], together[:, head])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_query_rows_split_at_any_index_have_the_same_bits(isa, name):
+    q, k, v = arrays()
+    options = OPTIONS[name]
+    together = attention(q, k, v, return_lse=True, **options)
+    step = 9 if isa == "generic" else 2
+    for cut in range(1, SEQLEN_Q, step):
+        for start, stop in ((0, cut), (cut, SEQLEN_Q)):
+            rows = slice(start, stop)
+            kept = query_rows(options, start, stop)
+            part = attention(q[:, :, rows], k, v, return_lse=True, **kept)
+            assert_same(part.out, together.out[:, :, rows], f"cut at {cut}")
+            assert_same(part.lse, together.lse[:, :, rows], f"cut at {cut}")
+
+
+def test_single_query_rows_have_the_bits_of_all(isa, real, options):
+    q, k, v = arrays(real)
+    together = attention(q, k, v, return_lse=True, **options)
+    for i in range(0, SEQLEN_Q, 7 if isa == "generic" else 1):
+        kept = query_rows(options, i, i + 1)
+        alone = attention(q[:, :, [i]], k, v, return_lse=True, **kept)
+        assert_same(alone.out[:, :, 0], together.out[:, :, i], f"row {i}")
+        assert_same(alone.lse[:, :, 0], together.lse[:, :, i], f"row {i}")
+
+
+def test_token_by_token_has_the_bits_of_one_causal_call(isa, real):
+    q, k, v = qkv(SEQLEN_K, SEQLEN_K, 5, batch=(), dtype=real)
+    together = attention(q, k, v, causal=True)
+    for n in range(1, SEQLEN_K + 1, 13 if isa == "generic" else 1):
+        alone = attention(q[:, n - 1 : n], k[:, :n], v[:, :n], causal=True)
+        assert_same(alone[:, 0], together[:, n - 1], f"token {n}")
+
+
+LENGTHS = sorted({1, 101, *sizes.around(KEY_BLOCK, 2 * KEY_BLOCK)})
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("padding", [1, 13, KEY_BLOCK + 1])
+def test_trailing_padding_masked_equals_trimmed(isa, real, length, padding):
+    q, k, v = qkv(19, length + padding, 5, dtype=real)
+    k, v = k * 1e6, v * 1e6  # the padding would show
+    trimmed = attention(q, k[:, :, :length], v[:, :, :length], return_lse=True)
+    visible = np.arange(length + padding) < length
+    float_mask = np.where(visible, 0, -np.inf).astype(real)
+    for options in (
+        {"mask": visible},
+        {"mask": float_mask},
+        {"bias": float_mask},
+        {"kv_lengths": length},
+        {"kv_lengths": [length, length]},
+    ):
+        assert_same(attention(q, k, v, return_lse=True, **options), trimmed)
+
+
+def test_padding_of_the_queries_changes_no_bit(isa, real):
+    q, k, v = arrays(real)
+    padded = np.concatenate([q, np.full_like(q[:, :, :5], np.nan)], axis=2)
+    result = attention(padded, k, v)
+    assert_same(result[:, :, :SEQLEN_Q], attention(q, k, v))
+
+
+def test_asking_for_the_lse_changes_no_bit(isa, dtype, options):
+    q, k, v = arrays(dtype)
+    result = attention(q, k, v, return_lse=True, **options)
+    assert_same(attention(q, k, v, **options), result.out)
+
+
+def test_a_term_of_zeros_changes_no_bit(isa, real, options):
+    q, k, v = arrays(real)
+    expected = attention(q, k, v, return_lse=True, **options)
+    for name in {"mask", "bias"} - set(options):
+        zeros = {name: np.zeros((SEQLEN_Q, SEQLEN_K), real)}
+        result = attention(q, k, v, return_lse=True, **options, **zeros)
+        assert_same(result, expected)
+
+
+def test_stale_scratch_memory_changes_no_bit(isa, real):
+    q, k, v = arrays(real)
+    expected = attention(q, k, v, causal=True)
+    poison = [np.full_like(x, np.nan) for x in (q, k, v)]
+    attention(*poison, threads=1)
+    attention(*poison)
+    assert_same(attention(q, k, v, causal=True), expected)
+
+
+def test_canary_one_unit_in_the_last_place_is_caught():
+    q, k, v = arrays()
+    out = attention(q, k, v)
+    moved = out.copy()
+    moved[1, 2, 3, 4] = np.nextafter(moved[1, 2, 3, 4], 9)
+    with pytest.raises(AssertionError, match=r"1 of .* differ, .* \(1, 2, 3, 4\)"):
+        assert_same(moved, out)
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same(np.float32([-0.0]), np.float32([0.0]))

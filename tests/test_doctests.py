@@ -1,0 +1,53 @@
+"""Every example in a docstring runs."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import mha_fast
+
+MODULES = [
+    module.name
+    for module in pkgutil.iter_modules(mha_fast.__path__)
+    if not module.name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_a_module_run(name):
+    module = importlib.import_module(f"mha_fast.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_public_functions_have_examples_and_say_what_they_raise():
+    for name in mha_fast.__all__:
+        member = getattr(mha_fast, name)
+        assert member.__doc__, f"{name} has no docstring"
+        if callable(member) and not isinstance(member, type):
+            assert ">>> " in member.__doc__, f"{name} has no example"
+
+
+def test_every_public_name_exists_and_nothing_else_is_public():
+    public = {name for name in dir(mha_fast) if not name.startswith("_")}
+    modules = set(MODULES)
+    assert set(mha_fast.__all__) <= public
+    assert public - modules <= set(mha_fast.__all__)
+    assert sorted(mha_fast.__all__) == list(mha_fast.__all__)
+
+
+@pytest.mark.parametrize("name", ["attention"])
+def test_reference_has_the_same_signature(name):
+    import inspect
+
+    fast = inspect.signature(getattr(mha_fast, name))
+    assert fast == inspect.signature(getattr(mha_fast.reference, name))
+
+
+def test_docstring_describes_every_parameter():
+    import inspect
+
+    doc = inspect.getdoc(mha_fast.attention)
+    for name in inspect.signature(mha_fast.attention).parameters:
+        assert f"\n{name} : " in doc, f"{name} is not described"

@@ -1,0 +1,106 @@
+"""Scratch memory does not grow with seqlen_q x seqlen_k."""
+
+import sys
+
+import pytest
+
+pytest.importorskip("resource")
+
+PER_THREAD = 8 * 2**20  # bytes, from the requirements
+THREADS = 2
+
+SETUP = """
+import resource, sys
+import numpy as np, mha_fast
+unit = 1 if sys.platform == "darwin" else 1024
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize()
+n, rng = 16384, np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, 8, n, 64), dtype=np.float32) for _ in range(3))
+out = np.zeros_like(q)
+out[...] = 1
+mask = np.ones((n, n), bool) if MASK else None
+if MASK:
+    for i in range(n):
+        mask[i, i + 1:] = False
+mha_fast.attention(q[:, :, :300], k[:, :, :300], v[:, :, :300])
+"""
+
+CALL = """
+before = peak()
+mha_fast.attention(q, k, v, mask, threads=2, out=out)
+print(peak() - before)
+"""
+
+NAIVE = """
+before = peak()
+s = q[0, 0, :4096] @ k[0, 0, :4096].T
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["no mask", "bool mask"])
+def test_long_sequences_take_little_memory_beside_out(output_of, mask):
+    extra = int(output_of(f"MASK = {mask}\n{SETUP}{CALL}", timeout=120))
+    assert extra < THREADS * PER_THREAD
+
+
+FEW_ROWS = """
+import resource, sys
+import numpy as np, mha_fast
+unit = 1 if sys.platform == "darwin" else 1024
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+q = np.ones((1, 60, 64), np.float32)
+k, v = (np.ones((1, 2**18, 64), np.float32) for _ in range(2))
+mha_fast.attention(q, k[:, :300], v[:, :300])
+before = peak()
+mha_fast.attention(q, k, v, threads=2)
+print(peak() - before)
+"""
+
+
+def test_few_rows_and_many_keys_take_little_memory(output_of):
+    """Also where the keys are split among the threads."""
+    assert int(output_of(FEW_ROWS)) < THREADS * PER_THREAD
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_peak_before_the_call_hides_nothing(output_of):
+    """The peak counts only growth past the arrays, if those are the peak so far."""
+    script = "print(peak() - resident())"
+    assert int(output_of(f"MASK = True\n{SETUP}{script}")) < THREADS * PER_THREAD
+
+
+def test_canary_stored_scores_are_caught(output_of):
+    assert int(output_of(f"MASK = False\n{SETUP}{NAIVE}")) > THREADS * PER_THREAD
+
+
+LEAK = """
+import resource
+import numpy as np, mha_fast
+unit = resource.getpagesize()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * unit
+q = np.ones((4, 50, 16), np.float32)
+def calls():
+    for i in range(3000):
+        mha_fast.attention(q, q, q, return_lse=True, threads=1 + i % 4)
+        mha_fast.attention(q, q, q, window=(3, 0), q_offset=i % 7)
+        try:
+            mha_fast.attention(q, q, q, np.ones((50, 3), bool))
+        except ValueError:
+            pass
+calls()
+before = resident()
+calls()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_calls_and_errors_leak_nothing(output_of):
+    assert int(output_of(LEAK)) < 2**20

@@ -1,0 +1,108 @@
+"""Random shapes, options, dtypes and layouts: accurate, and equal to a plain layout."""
+
+import numpy as np
+import sizes
+from hypothesis import given, strategies
+from judge import assert_accurate, assert_same
+
+from mha_fast import _core, attention
+
+LENGTHS = strategies.sampled_from([0, 1, 2, *sizes.SEQLENS])
+DIMS = strategies.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 64, 65])
+DTYPES = strategies.sampled_from(sizes.DTYPES)
+BATCHES = strategies.sampled_from([(), (1,), (3,), (2, 1), (2, 3)])
+SCALES = strategies.one_of(strategies.none(), strategies.floats(-4, 4, allow_subnormal=False))
+
+
+@strategies.composite
+def problems(draw):
+    """q, k, v and options; a product of sizes that keeps an example cheap."""
+    seqlen_q, seqlen_k = draw(LENGTHS), draw(LENGTHS)
+    if seqlen_q * seqlen_k > 30_000:
+        seqlen_q = draw(strategies.sampled_from([1, 7, 25, 65]))
+    batch, kv_heads = draw(BATCHES), draw(strategies.integers(1, 3))
+    heads = kv_heads * draw(strategies.integers(1, 4))
+    dtype, seed = draw(DTYPES), draw(strategies.integers(0, 2**32 - 1))
+    head_dim, head_dim_v = draw(DIMS), draw(DIMS)
+    q, k, v = sizes.qkv(
+        seqlen_q, seqlen_k, head_dim, head_dim_v, batch=batch, heads=heads,
+        kv_heads=kv_heads, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    arrays = {"q": q, "k": k, "v": v}
+    name = draw(strategies.sampled_from(["", *"qkv"]))
+    if batch and name:  # broadcast it along the batch
+        x = arrays[name]
+        arrays[name] = x[:1] if draw(strategies.booleans()) else x[0]
+    shape = (*np.broadcast_shapes(*(x.shape[:-3] for x in arrays.values())), heads)
+    return arrays, draw(options(shape, seqlen_q, seqlen_k, seed))
+
+
+@strategies.composite
+def options(draw, shape, seqlen_q, seqlen_k, seed):
+    chosen = {"scale": draw(SCALES), "causal": draw(strategies.booleans())}
+    integers = strategies.integers(-seqlen_q - 3, seqlen_k + 3)
+    sides = strategies.one_of(strategies.none(), strategies.integers(0, seqlen_k + 3))
+    if draw(strategies.booleans()):
+        chosen["window"] = (draw(sides), draw(sides))
+    if draw(strategies.booleans()):
+        chosen["q_offset"] = draw(per_batch_row(shape[:-1], integers))
+    if draw(strategies.booleans()):
+        lengths = strategies.integers(0, seqlen_k)
+        chosen["kv_lengths"] = draw(per_batch_row(shape[:-1], lengths))
+    for name in ("mask", "bias"):
+        if draw(strategies.booleans()):
+            chosen[name] = draw(term(name, (*shape, seqlen_q, seqlen_k), seed))
+    return chosen
+
+
+@strategies.composite
+def per_batch_row(draw, batch, integers):
+    if not batch or draw(strategies.booleans()):
+        return draw(integers)
+    count = int(np.prod(batch))
+    drawn = draw(strategies.lists(integers, min_size=count, max_size=count))
+    return np.array(drawn).reshape(batch)
+
+
+@strategies.composite
+def term(draw, name, shape, seed):
+    """A mask or bias, broadcast along some axes."""
+    shape = tuple(1 if draw(strategies.booleans()) else n for n in shape)
+    shape = shape[draw(strategies.integers(0, len(shape))) :]
+    visible = draw(strategies.sampled_from([0.0, 0.1, 0.7, 1.0]))
+    mask = sizes.random_mask(*shape, seed=seed, visible=visible)
+    if name == "mask" and draw(strategies.booleans()):
+        return mask
+    return sizes.additive(mask, draw(DTYPES), seed=seed)
+
+
+def reversed_memory(x):
+    return np.flip(np.flip(x).copy())
+
+
+def every_second(x):
+    return np.repeat(x, 2, axis=-1)[..., ::2]
+
+
+def fortran(x):
+    return np.asfortranarray(x)
+
+
+LAYOUTS = strategies.sampled_from([reversed_memory, every_second, fortran, np.copy])
+
+
+@given(problems(), strategies.data())
+def test_any_problem_is_accurate_in_any_layout(problem, data):
+    arrays, chosen = problem
+    before = _core.get_isa()
+    _core.use_isa(data.draw(strategies.sampled_from(_core.isa_names())))
+    try:
+        result = attention(**arrays, return_lse=True, **chosen)
+        moved = {name: data.draw(LAYOUTS)(x) for name, x in arrays.items()}
+        out = data.draw(LAYOUTS)(np.empty_like(result.out))
+        threads = data.draw(strategies.integers(1, 4))
+        again = attention(**moved, out=out, threads=threads, return_lse=True, **chosen)
+    finally:
+        _core.use_isa(before)
+    assert_same(again, result)
+    assert_accurate(result, **arrays, **chosen)
