@@ -58,5 +58,5 @@ export PROMPT
 .venv-oracles/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/pip install --quiet --upgrade "pip>=25.1"
-	.venv-oracles/bin/pip install --quiet $(TORCH) . --group test
+	.venv-oracles/bin/pip install --quiet $(TORCH) expecttest . --group test
 	touch $@

@@ -13,6 +13,9 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 
 typedef ptrdiff_t idx;
 
@@ -124,13 +127,13 @@ typedef struct {
     const mha_kernels *f32, *f64;
 } mha_isa;
 
-/* One less in *count, and whether it was the last: for threads that share work. */
-static inline int mha_was_last(int *count)
+/* *count before `step` was added, for threads that share it. */
+static inline int64_t mha_fetch_add(int64_t *count, int64_t step)
 {
 #if defined(_MSC_VER) && !defined(__clang__)
-    return _InterlockedDecrement((volatile long *)count) == 0;
+    return _InterlockedExchangeAdd64(count, step);
 #else
-    return __atomic_sub_fetch(count, 1, __ATOMIC_ACQ_REL) == 0;
+    return __atomic_fetch_add(count, step, __ATOMIC_ACQ_REL);
 #endif
 }
 

@@ -27,6 +27,20 @@ static inline int omp_in_parallel(void)
 {
     return 0;
 }
+static inline int omp_get_num_procs(void)
+{
+    return 1;
+}
+static inline double omp_get_wtime(void)
+{
+    return 0;
+}
+#endif
+
+#if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__)
+#define MHA_GNU_OPENMP 1
+#else
+#define MHA_GNU_OPENMP 0
 #endif
 
 #endif

@@ -79,7 +79,7 @@ cdef extern from "mha.h" nogil:
         const mha_kernels *f32
         const mha_kernels *f64
 
-    int mha_was_last(int *count)
+    int64_t mha_fetch_add(int64_t *count, int64_t step)
     const mha_isa *mha_isa_at(int i)
     int mha_isa_usable(int i)
     idx mha_tile_count(const mha_problem *problem, int lanes)
@@ -92,3 +92,6 @@ cdef extern from "openmp.h" nogil:
     int omp_get_max_threads()
     int omp_get_thread_num()
     int omp_in_parallel()
+    int omp_get_num_procs()
+    double omp_get_wtime()
+    bint MHA_GNU_OPENMP

@@ -29,9 +29,13 @@ cdef enum:
 # Work is counted in floating-point operations; reading a byte of K or V from memory takes a
 # thread about as long as two of them.
 cdef double WORK_PER_BYTE = 2
-# Work per thread below which waking it costs more than it gives: a region on two hot threads
-# takes about 1 us, 100,000 operations at 100 GFLOP/s. Ten times that.
-cdef double WORK_PER_THREAD = 1e6
+# Work per thread below which waking it costs more than it gives. A region whose threads still
+# wait from the call before starts within 1 us, 100,000 operations at 100 GFLOP/s: ten times that.
+# Threads that sleep need some 50 us.
+cdef double WORK_PER_HOT_THREAD = 1e6
+cdef double WORK_PER_COLD_THREAD = 8e6
+# Seconds since the last call within which nothing else can have needed the cores.
+cdef double HOT = 30e-6
 # Work between two looks at Ctrl-C: about 20 ms on one thread.
 cdef double WORK_PER_SIGNAL_CHECK = 2e9
 # Tasks per thread below which keys are split too, so that no thread waits long for the last.
@@ -54,7 +58,8 @@ cdef struct call_state:
     idx wave_begin          # first block of the wave at hand
     char *records           # [tiles][1 + wave][record_bytes]: the waves before, then each block
     size_t record_bytes
-    int *missing            # [tiles] chunks not yet done
+    int64_t *missing        # [tiles] chunks not yet done
+    int64_t next_task
 
 
 cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
@@ -83,7 +88,7 @@ cdef bint merge_wave(call_state *call, const mha_kernel *kernel, mha_tile *tile,
                      idx tile_index) noexcept nogil:
     """The last chunk of a tile merges all of the wave, in key order. True: the tile is complete."""
     cdef idx block, end = call.wave_begin + call.wave
-    if not mha_was_last(&call.missing[tile_index]):
+    if mha_fetch_add(&call.missing[tile_index], -1) > 1:
         return False
     if call.wave_begin > 0:
         kernel.merge(tile, record_of(call, tile_index, 0))
@@ -102,13 +107,19 @@ cdef int pending_signal() noexcept with gil:
     return PyErr_CheckSignals()
 
 
-cdef void step(call_state *call, idx task) noexcept nogil:
-    if call.status != OK:
-        return
-    cdef int status = attend(call, task // call.chunks, task % call.chunks)
-    if status == OK and omp_get_thread_num() == 0 and task % call.signal_interval == 0:
-        if pending_signal():
-            status = INTERRUPTED
+cdef void work_off(call_state *call) noexcept nogil:
+    """Tasks, one after another, until none is left: what each member of the team does."""
+    cdef idx task
+    while call.status == OK:
+        task = mha_fetch_add(&call.next_task, 1)
+        if task >= call.tiles * call.chunks:
+            return
+        call_status(call, attend(call, task // call.chunks, task % call.chunks))
+        if omp_get_thread_num() == 0 and task % call.signal_interval == 0 and pending_signal():
+            call_status(call, INTERRUPTED)
+
+
+cdef void call_status(call_state *call, int status) noexcept nogil:
     if status != OK:
         call.status = status
 
@@ -131,27 +142,39 @@ cdef int split_keys(call_state *call, int threads) except -1:
     if call.chunks == 1:
         return 0
     call.records = <char *>malloc(call.tiles * (1 + call.wave) * call.record_bytes)
-    call.missing = <int *>malloc(call.tiles * sizeof(int))
+    call.missing = <int64_t *>malloc(call.tiles * sizeof(int64_t))
     if call.records == NULL or call.missing == NULL:
         raise MemoryError("no memory for the partial results of split keys")
     return 0
 
 
-cdef void run_wave(call_state *call, int threads) noexcept nogil:
-    cdef idx task, tasks = call.tiles * call.chunks
-    if call.missing != NULL:
-        for task in range(call.tiles):
-            call.missing[task] = <int>call.chunks
-    if threads <= 1:
-        for task in range(tasks):
-            step(call, task)
-    else:
-        for task in prange(tasks, schedule="dynamic", chunksize=1, num_threads=threads):
-            step(call, task)
+cdef void run_wave(call_state *call, int threads, int team) noexcept nogil:
+    cdef idx tile
+    cdef int member
+    call.next_task = 0
+    for tile in range(call.tiles if call.missing != NULL else 0):
+        call.missing[tile] = call.chunks
+    if threads == 1:
+        work_off(call)
+        return
+    for member in prange(team, schedule="static", chunksize=1, num_threads=team):
+        if member < threads:
+            work_off(call)
+
+
+cdef double call_end = 0        # when the last call that was worth two threads ended
+
+
+cdef int team_of(int threads, bint hot) noexcept nogil:
+    """Members of the team. After a region GNU OpenMP's threads spin for 300,000 rounds, about 5 ms,
+    on cores that NumPy's BLAS may want next; where there are more of them than CPUs, for 100
+    rounds. So a call between other work takes one more, who does nothing."""
+    return threads + (MHA_GNU_OPENMP and not hot and threads == omp_get_num_procs())
 
 
 cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) except -1:
     """All tasks. Threads share nothing but the counter of tasks, so they cannot change a bit."""
+    global call_end
     cdef call_state call
     cdef double keys = <double>p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v)
     cdef double work = keys * (2.0 * p.group_size * p.seqlen_q + 4 * WORK_PER_BYTE), tasks
@@ -159,7 +182,14 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
     call.problem = p
     call.kernels = kernels
     call.tiles = mha_tile_count(p, kernels.prefill.lanes)
-    threads = max(1, min(threads, <int>min(work / WORK_PER_THREAD, 1e6)))
+    cdef bint hot = False
+    if work < 2 * WORK_PER_HOT_THREAD:
+        threads = 1
+    elif threads > 1:
+        hot = omp_get_wtime() - call_end < HOT
+        threads = min(threads, <int>min(work / WORK_PER_HOT_THREAD, 1e6))
+        if not hot:
+            threads = max(1, min(threads, <int>min(work / WORK_PER_COLD_THREAD, 1e6)))
     if forked or omp_in_parallel():
         threads = 1
     try:
@@ -169,10 +199,12 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
         call.signal_interval = <idx>(1 + WORK_PER_SIGNAL_CHECK * tasks / (work + 1))
         with nogil:
             while True:
-                run_wave(&call, threads)
+                run_wave(&call, threads, team_of(threads, hot))
                 call.wave_begin += call.wave
                 if call.wave_begin >= call.blocks or call.status != OK:
                     break
+        if work >= 2 * WORK_PER_HOT_THREAD:
+            call_end = omp_get_wtime()
     finally:
         free(call.records)
         free(call.missing)

@@ -1,6 +1,9 @@
 """show_config, and what the package says about itself."""
 
 import importlib.metadata
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,3 +88,20 @@ mha_fast.attention(q, q, q, threads=2)
 print((tiny * np.float32(1) == tiny).all() and (tiny + tiny > tiny).all())
 """
     assert output_of(script) == "True"
+
+
+def test_the_command_line_shows_the_configuration():
+    command = [sys.executable, "-m", "mha_fast", "info"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.sep).stdout
+    assert "Instruction sets:" in shown
+    assert _core.get_isa() in shown
+
+
+def test_the_doctor_measures_every_setting_and_gives_advice(monkeypatch, capsys):
+    from mha_fast import doctor
+
+    monkeypatch.setattr(doctor, "SETTINGS", {"as it is": {}, "other": {"OMP_NUM_THREADS": "1"}})
+    doctor.doctor()
+    shown = capsys.readouterr().out
+    assert "as it is" in shown
+    assert "No setting is worth" in shown or "OMP_NUM_THREADS=1" in shown

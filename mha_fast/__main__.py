@@ -1,0 +1,23 @@
+"""``python -m mha_fast info | doctor``."""
+
+import argparse
+
+from .config import show_config
+from .doctor import doctor
+
+
+def main():
+    """Command line of the package."""
+    parser = argparse.ArgumentParser(prog="python -m mha_fast")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, instruction sets, threads").set_defaults(
+        run=show_config
+    )
+    commands.add_parser(
+        "doctor", help="do NumPy's threads and ours get along here, and what to do"
+    ).set_defaults(run=doctor)
+    parser.parse_args().run()
+
+
+if __name__ == "__main__":
+    main()
