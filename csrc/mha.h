@@ -70,8 +70,15 @@ typedef struct {
     int begin, end, first, last;
 } mha_segment;
 
+/* Rows of memory to ask for before they are needed. */
+typedef struct {
+    const char *row;
+    idx stride, rows, bytes;
+} mha_stream;
+
 typedef struct {
     const mha_problem *problem;
+    idx next_task; /* that this thread will probably do next; -1: unknown */
     int rows, vectors;
     const char *k, *v; /* of this batch row and KV head */
     const char *q_row[MHA_MAX_LANES];
@@ -89,6 +96,9 @@ typedef struct {
     mha_segment segment[2 * MHA_MAX_VECTORS];
     const void *k_block, *v_block;
     idx k_row, k_col, v_row; /* strides of the two, in elements */
+
+    int num_ahead, ahead_pace; /* streams of the next task, and rows of them to ask for at a time */
+    mha_stream ahead[4];
 
     /* Workspace. Prefill has queries in the lanes, decode has rows of keys and head dims. */
     void *m, *l, *o;    /* the state: running row max (log2 units), row sum, weighted sum */
@@ -146,6 +156,7 @@ idx mha_tile_count(const mha_problem *problem, int lanes);
 void mha_tile_begin(mha_tile *tile, const mha_problem *problem, idx task, int lanes, int vlen);
 int mha_tile_rows(const mha_problem *problem, idx task, int lanes);
 int mha_tile_block(mha_tile *tile, idx block);
+void mha_tile_look_ahead(mha_tile *tile, int lanes);
 
 /* workspace.c: one grow-only buffer per thread, 64-byte aligned, freed when the thread ends. */
 void *mha_workspace(size_t bytes);

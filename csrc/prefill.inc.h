@@ -35,7 +35,7 @@ static ALWAYS_INLINE void FN(score_rows)(const mha_tile *t, int rows, int nv, in
         }
 }
 
-static ALWAYS_INLINE void FN(score_segment)(const mha_tile *t, const mha_segment *seg, int nv)
+static ALWAYS_INLINE void FN(score_segment)(mha_tile *t, const mha_segment *seg, int nv)
 {
     const idx lane = seg->first * VLEN;
     REAL *m = (REAL *)t->m_block + lane;
@@ -43,8 +43,10 @@ static ALWAYS_INLINE void FN(score_segment)(const mha_tile *t, const mha_segment
     int j = seg->begin;
     EACH (v, nv)
         best[v] = v_load(m + v * VLEN);
-    for (; j + ROWS(nv) <= seg->end; j += ROWS(nv))
+    for (; j + ROWS(nv) <= seg->end; j += ROWS(nv)) {
         FN(score_rows)(t, ROWS(nv), nv, j, lane, best);
+        FN(fetch_ahead)(t);
+    }
     for (; j + 2 <= seg->end; j += 2)
         FN(score_rows)(t, 2, nv, j, lane, best);
     if (j < seg->end)
@@ -119,12 +121,26 @@ static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
     t->hidden |= FN(any_nonzero)(any);
 }
 
+/* In the tile's last block, set out to fetch the next task evenly until the block is done. */
+static void FN(look_ahead)(mha_tile *t)
+{
+    const int keys = t->segment[t->num_segments - 1].end - t->segment[0].begin;
+    const int steps = (int)(keys + t->problem->head_dim_v) / ROWS(NV) + 1;
+    idx rows = 0;
+    mha_tile_look_ahead(t, LANES);
+    for (int n = 0; n < t->num_ahead; n++)
+        rows += t->ahead[n].rows;
+    t->ahead_pace = (int)(rows / steps) + 1;
+}
+
 static int FN(prefill_scores)(mha_tile *t, idx block)
 {
     int mixed[MHA_MAX_TERMS];
     const int num_mixed = FN(open_block)(t, block, mixed, 1);
     if (num_mixed < 0)
         return 0;
+    if (block + 1 == t->last_block)
+        FN(look_ahead)(t);
     for (int v = 0; v < t->vectors; v++)
         v_store((REAL *)t->m_block + v * VLEN, v_set1(-LARGEST));
     for (int n = 0; n < t->num_segments; n++) {
@@ -187,13 +203,15 @@ static ALWAYS_INLINE void FN(value_rows)(const mha_tile *t, const mha_segment *s
         }
 }
 
-static ALWAYS_INLINE void FN(value_segment)(const mha_tile *t, const mha_segment *seg,
-                                            const REAL *a, const REAL *b, int nv)
+static ALWAYS_INLINE void FN(value_segment)(mha_tile *t, const mha_segment *seg, const REAL *a,
+                                            const REAL *b, int nv)
 {
     const idx dim = t->problem->head_dim_v;
     idx d = 0;
-    for (; d + ROWS(nv) <= dim; d += ROWS(nv))
+    for (; d + ROWS(nv) <= dim; d += ROWS(nv)) {
         FN(value_rows)(t, seg, ROWS(nv), nv, d, a, b);
+        FN(fetch_ahead)(t);
+    }
     for (; d + 2 <= dim; d += 2)
         FN(value_rows)(t, seg, 2, nv, d, a, b);
     if (d < dim)

@@ -126,3 +126,17 @@ static int FN(values_finite)(const mha_tile *t)
     }
     return !FN(any_nonzero)(v_add(taint[0], taint[1]));
 }
+
+/* Ask for a few rows of the next task: called between register tiles, so that the memory works
+ * while the arithmetic does. */
+static void FN(fetch_ahead)(mha_tile *t)
+{
+    for (int n = 0; n < t->ahead_pace && t->num_ahead > 0; n++) {
+        mha_stream *s = &t->ahead[t->num_ahead - 1];
+        for (idx at = 0; at < s->bytes; at += 64)
+            PREFETCH(s->row + at);
+        s->row += s->stride;
+        if (--s->rows == 0)
+            t->num_ahead--;
+    }
+}

@@ -95,6 +95,8 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     for (int n = 0; n < p->num_terms; n++)
         term[n] = p->terms[n].data + batch_offset(p, &p->terms[n], batch);
     t->problem = p;
+    t->next_task = -1;
+    t->num_ahead = 0;
     t->k = p->k.data + batch_offset(p, &p->k, batch) + kv_head * p->k.head;
     t->v = p->v.data + batch_offset(p, &p->v, batch) + kv_head * p->v.head;
     t->rows = mha_tile_rows(p, task, lanes);
@@ -169,4 +171,35 @@ int mha_tile_block(mha_tile *t, idx block)
     }
     cut_segments(t);
     return t->num_segments > 0;
+}
+
+static void add_stream(mha_tile *t, const char *row, idx stride, idx rows, idx bytes)
+{
+    if (rows > 0)
+        t->ahead[t->num_ahead++] = (mha_stream){row, stride, rows, bytes};
+}
+
+/* The next task's Q and out, and its first keys and values where they are another head's. No
+ * hardware prefetcher can know them, and in short sequences they are much of the traffic. */
+void mha_tile_look_ahead(mha_tile *t, int lanes)
+{
+    const mha_problem *p = t->problem;
+    const idx tiles = tiles_per_head(p, lanes), task = t->next_task;
+    if (task < 0 || task >= mha_tile_count(p, lanes))
+        return;
+    const idx kv_head = task / tiles % p->kv_heads, batch = task / tiles / p->kv_heads;
+    const idx keys = min(p->seqlen_k, MHA_KEY_BLOCK), rows = mha_tile_rows(p, task, lanes);
+    const char *k = p->k.data + batch_offset(p, &p->k, batch) + kv_head * p->k.head;
+    const char *v = p->v.data + batch_offset(p, &p->v, batch) + kv_head * p->v.head;
+    if (p->group_size == 1) {
+        const idx first = first_row(p, task, lanes);
+        const char *q = p->q.data + batch_offset(p, &p->q, batch) + kv_head * p->q.head;
+        const char *out = p->out.data + batch_offset(p, &p->out, batch) + kv_head * p->out.head;
+        add_stream(t, out + first * p->out.row, p->out.row, rows, p->head_dim_v * p->out.col);
+        add_stream(t, q + first * p->q.row, p->q.row, rows, p->head_dim * p->q.col);
+    }
+    if (v != t->v)
+        add_stream(t, v, p->v.row, keys, p->head_dim_v * p->v.col);
+    if (k != t->k)
+        add_stream(t, k, p->k.row, keys, p->head_dim * p->k.col);
 }

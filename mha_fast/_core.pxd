@@ -53,6 +53,7 @@ cdef extern from "mha.h" nogil:
         double scale
 
     ctypedef struct mha_tile:
+        idx next_task
         idx first_block
         idx last_block
 

@@ -52,6 +52,7 @@ cdef struct call_state:
     idx chunk               # blocks per task
     idx chunks              # tasks per tile; 1 unless keys are split
     idx signal_interval
+    int threads
     int status
     # Only where keys are split. Blocks go in waves, which bounds the memory of partial results.
     idx wave                # blocks per wave
@@ -73,6 +74,8 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     cdef mha_tile *tile = kernel.begin(call.problem, tile_index)    # Q * scale, packed
     if tile == NULL:
         return OUT_OF_MEMORY
+    if not split:
+        tile.next_task = tile_index + call.threads         # the team takes tasks in turn
     for block in range(max(first, tile.first_block), min(last, tile.last_block)):
         if kernel.scores_block(tile, block):               # S = Q K^T, masked
             kernel.softmax_block(tile)                     # P = exp(S - max), sums
@@ -195,7 +198,7 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
     try:
         split_keys(&call, threads)
         tasks = call.tiles * call.chunks
-        threads = <int>min(threads, tasks)
+        call.threads = threads = <int>min(threads, tasks)
         call.signal_interval = <idx>(1 + WORK_PER_SIGNAL_CHECK * tasks / (work + 1))
         with nogil:
             while True:
