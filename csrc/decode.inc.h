@@ -123,11 +123,14 @@ static int FN(decode_scores)(mha_tile *t, idx block)
     }
     int hidden = 0;
     for (int row = 0; row < t->rows; row++) {
-        REAL *s = (REAL *)t->s + row * SCORE_ROW, *term = t->strip;
+        REAL *s = (REAL *)t->s + row * SCORE_ROW;
         for (int n = 0; n < num_mixed; n++) {
-            FN(term_row)(t, mixed[n], row, term);
-            for (int j = t->begin[0]; j < t->end[0]; j += VLEN)
-                v_store(s + j, FN(with_term)(v_load(s + j), v_load(term + j - t->begin[0])));
+            const REAL *term = FN(term_row)(t, mixed[n], row, t->strip) - t->begin[0];
+            for (int j = t->begin[0]; j < t->end[0]; j += VLEN) {
+                const int live = t->end[0] - j < VLEN ? t->end[0] - j : VLEN;
+                const vec v = live == VLEN ? v_load(term + j) : v_load_n(term + j, live);
+                v_store(s + j, FN(with_term)(v_load(s + j), v));
+            }
         }
         hidden |= FN(decode_hide)(t, row);
     }

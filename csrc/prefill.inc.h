@@ -65,13 +65,75 @@ static void FN(lane_interval)(const mha_tile *t, int g, REAL *lo, REAL *hi)
     }
 }
 
-/* VLEN keys of term rows from `strip` into the lanes; a row that all queries share is broadcast. */
-static ALWAYS_INLINE void FN(term_into_lanes)(const REAL *strip, int shared, vec *v)
+/* What masking finds out about a vector's scores: the maximum, and 1 where a key is hidden. */
+typedef struct {
+    vec best, hidden;
+} FN(mask_result);
+
+static ALWAYS_INLINE void FN(mask_note)(FN(mask_result) * result, vec x)
 {
-    EACH (i, VLEN)
-        v[i] = shared ? v_set1(strip[i]) : v_load(strip + i * MHA_KEY_BLOCK);
-    if (!shared)
+    const vec minus_inf = v_set1(-(REAL)INFINITY);
+    result->best = v_max(x, result->best);
+    result->hidden = v_if_equal(x, minus_inf, v_set1(1), result->hidden);
+}
+
+/* Add keys j to j + n - 1 of VLEN term rows to scores s, [VLEN][LANES]. A row that all queries
+ * share is broadcast. `result`: NULL where this term is not the last. */
+static ALWAYS_INLINE void FN(add_term_chunk)(const REAL *const *row, int shared, int j, int n,
+                                             REAL *s, FN(mask_result) * result)
+{
+    enum { AHEAD = 64 }; /* keys; rows lie far apart, so no hardware prefetcher sees a pattern */
+    vec v[VLEN];
+    if (shared) {
+        EACH (i, VLEN)
+            v[i] = i < n ? v_set1(row[0][j + i]) : v_set1(0);
+    } else {
+        EACH (i, VLEN) {
+            v[i] = n == VLEN ? v_load(row[i] + j) : v_load_n(row[i] + j, n);
+            PREFETCH(row[i] + j + AHEAD);
+        }
         v_transpose(v);
+    }
+    EACH (i, VLEN)
+        if (i < n) {
+            const vec x = FN(with_term)(v_load(s + i * LANES), v[i]);
+            v_store(s + i * LANES, x);
+            if (result)
+                FN(mask_note)(result, x);
+        }
+}
+
+static void FN(add_term)(mha_tile *t, int n, int g, FN(mask_result) * result)
+{
+    const mha_array *term = &t->problem->terms[n];
+    const int shared = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
+    const int begin = t->begin[g], keys = t->end[g] - begin;
+    const REAL *row[VLEN];
+    REAL *s = (REAL *)t->s + begin * LANES + g * VLEN;
+    for (int i = 0; i < (shared ? 1 : VLEN); i++)
+        row[i] = FN(term_row)(t, n, g * VLEN + i, (REAL *)t->strip + i * MHA_KEY_BLOCK);
+    int j = 0;
+    if (result)
+        for (; j + VLEN <= keys; j += VLEN)
+            FN(add_term_chunk)(row, shared, j, VLEN, s + j * LANES, result);
+    for (; j < keys; j += VLEN)
+        FN(add_term_chunk)(row, shared, j, keys - j < VLEN ? keys - j : VLEN, s + j * LANES,
+                           result);
+}
+
+/* Hide what lies outside a lane's interval. */
+static void FN(hide)(mha_tile *t, int g, FN(mask_result) * result)
+{
+    const vec minus_inf = v_set1(-(REAL)INFINITY);
+    REAL *s = (REAL *)t->s + g * VLEN, lo[VLEN], hi[VLEN];
+    FN(lane_interval)(t, g, lo, hi);
+    const vec first = v_load(lo), past = v_load(hi);
+    for (int j = t->begin[g]; j < t->end[g]; j++) {
+        const vec key = v_set1((REAL)j), x = v_load(s + j * LANES);
+        const vec seen = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
+        v_store(s + j * LANES, seen);
+        FN(mask_note)(result, seen);
+    }
 }
 
 /* Add the mixed terms to the scores, hide what lies outside a lane's interval, and take the
@@ -79,46 +141,19 @@ static ALWAYS_INLINE void FN(term_into_lanes)(const REAL *strip, int shared, vec
  * whether any key of the block is hidden, which a float bias rarely does. */
 static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
 {
-    const vec minus_inf = v_set1(-(REAL)INFINITY), one = v_set1(1);
-    vec any = v_set1(0);
+    int hidden = 0;
     for (int g = 0; g < t->vectors; g++) {
-        const int begin = t->begin[g], end = t->end[g];
-        REAL *s = (REAL *)t->s + g * VLEN, lo[VLEN], hi[VLEN];
-        int shared[MHA_MAX_TERMS];
-        vec best = v_set1(-LARGEST), v[VLEN];
+        FN(mask_result) result = {v_set1(-LARGEST), v_set1(0)};
         for (int n = 0; n < num_mixed; n++) {
-            const mha_array *term = &t->problem->terms[mixed[n]];
-            shared[n] = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
-            for (int i = 0; i < (shared[n] ? 1 : VLEN); i++)
-                FN(term_row)(t, mixed[n], g * VLEN + i,
-                             (REAL *)t->strip + (n * VLEN + i) * MHA_KEY_BLOCK);
+            const int last = n + 1 == num_mixed && !t->hidden;
+            FN(add_term)(t, mixed[n], g, last ? &result : NULL);
         }
-        FN(lane_interval)(t, g, lo, hi);
-        const vec first = v_load(lo), past = v_load(hi);
-        for (int j = begin; j < end; j += VLEN) {
-            const int live = end - j < VLEN ? end - j : VLEN;
-            for (int n = 0; n < num_mixed; n++) {
-                const REAL *strip = (REAL *)t->strip + n * VLEN * MHA_KEY_BLOCK + j - begin;
-                FN(term_into_lanes)(strip, shared[n], v);
-                for (int i = 0; i < live; i++) {
-                    REAL *at = s + (j + i) * LANES;
-                    v_store(at, FN(with_term)(v_load(at), v[i]));
-                }
-            }
-            for (int i = 0; i < live; i++) {
-                const vec key = v_set1((REAL)(j + i));
-                vec x = v_load(s + (j + i) * LANES);
-                if (t->hidden) {
-                    x = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
-                    v_store(s + (j + i) * LANES, x);
-                }
-                best = v_max(x, best);
-                any = v_if_equal(x, minus_inf, one, any);
-            }
-        }
-        v_store((REAL *)t->m_block + g * VLEN, best);
+        if (t->hidden)
+            FN(hide)(t, g, &result);
+        v_store((REAL *)t->m_block + g * VLEN, result.best);
+        hidden |= FN(any_nonzero)(result.hidden);
     }
-    t->hidden |= FN(any_nonzero)(any);
+    t->hidden |= hidden;
 }
 
 /* In the tile's last block, set out to fetch the next task evenly until the block is done. */

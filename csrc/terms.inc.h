@@ -1,22 +1,25 @@
 /* What changes scores after the product: mask and bias terms, and the interval of visible keys. */
 
-/* One row of term n for a lane, from the first visible key of its vector on. */
-static void FN(term_row)(const mha_tile *t, int n, int lane, REAL *row)
+/* One row of term n for a lane, from the first visible key of its vector on: in place where it
+ * can be, else a copy in `copy`. */
+static const REAL *FN(term_row)(const mha_tile *t, int n, int lane, REAL *copy)
 {
     const mha_array *term = &t->problem->terms[n];
     const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
     const char *src = t->term_row[n][lane] + (t->key0 + t->begin[g]) * term->col;
-    FN(read_row)(row, src, term->col, keys, term->dtype);
+    if (FN(in_place)(src, 0, term->col, term->dtype) && term->col == sizeof(REAL))
+        return (const REAL *)src;
+    FN(read_row)(copy, src, term->col, keys, term->dtype);
     /* The same row of the next block: rows lie far apart, so only we know what comes. */
     for (idx at = 0; at < keys * term->col; at += 64)
         PREFETCH(src + MHA_KEY_BLOCK * term->col + at);
+    return copy;
 }
 
 /* Look before it costs anything: a block that a term hides whole is skipped, and a term that adds
  * nothing takes no mask code. Stops at the first contradiction. */
 static int FN(term_effect)(const mha_tile *t, int n)
 {
-    REAL *row = t->strip;
     int effect = TERM_UNKNOWN;
     for (int lane = 0; lane < t->rows && effect != TERM_MIXED; lane++) {
         const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
@@ -24,7 +27,7 @@ static int FN(term_effect)(const mha_tile *t, int n)
         int zero = 0, hide = 0;
         if (keys == 0 || !new_row)
             continue;
-        FN(term_row)(t, n, lane, row);
+        const REAL *row = FN(term_row)(t, n, lane, t->strip);
         for (int j = 0; j < keys; j++) {
             zero += row[j] == 0;
             hide += row[j] == -(REAL)INFINITY;
