@@ -55,7 +55,7 @@ static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, const vec *v,
 /* Scores of keys j to j + keys - 1 <= PANEL. Each piece of K is used as soon as it is transposed
  * and never stored; the keys of a panel take turns, so their chains over head_dim overlap. Keys
  * past the visible ones are not read: their lanes repeat the last. */
-static void FN(decode_score_panel)(const mha_tile *t, int j, int keys)
+static void FN(decode_score_panel)(mha_tile *t, int j, int keys)
 {
     const idx dim = t->problem->head_dim;
     const REAL *key[PANEL];
@@ -68,7 +68,10 @@ static void FN(decode_score_panel)(const mha_tile *t, int j, int keys)
         for (int i = 0; i < keys; i += VLEN) {
             const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
             vec v[VLEN];
-            FN(prefetch_keys)(key[i] + PANEL * t->k_row, t->k_row, VLEN, d, n);
+            if (t->num_ahead > 0)
+                FN(fetch_ahead)(t);
+            else
+                FN(prefetch_keys)(key[i] + PANEL * t->k_row, t->k_row, VLEN, d, n);
             if (n == VLEN) {
                 EACH (c, VLEN)
                     v[c] = v_load(key[i + c] + d);
@@ -118,6 +121,10 @@ static int FN(decode_scores)(mha_tile *t, idx block)
     const int num_mixed = FN(open_block)(t, block, mixed, 0);
     if (num_mixed < 0)
         return 0;
+    if (t->k_block == t->k_copy) {
+        mha_tile_look_to_next_block(t);
+        t->ahead_pace = 4; /* rows per step, of which a block takes about 100 */
+    }
     for (int j = t->begin[0]; j < t->end[0]; j += PANEL) {
         FN(decode_score_panel)(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL);
     }
@@ -249,6 +256,7 @@ static void FN(decode_weighted_sum)(mha_tile *t)
     memset(part, 0, sizeof(REAL) * (size_t)(t->rows * dim));
     for (int j = t->begin[0]; j < t->end[0]; j += run) {
         const int end = t->end[0] - j < run ? t->end[0] : j + run;
+        FN(fetch_ahead)(t);
         BY_ROWS(t->rows, FN(decode_value_rows), t, j, end, guarded);
     }
     FN(decode_merge_part)(t, part);

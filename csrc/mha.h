@@ -157,6 +157,7 @@ void mha_tile_begin(mha_tile *tile, const mha_problem *problem, idx task, int la
 int mha_tile_rows(const mha_problem *problem, idx task, int lanes);
 int mha_tile_block(mha_tile *tile, idx block);
 void mha_tile_look_ahead(mha_tile *tile, int lanes);
+void mha_tile_look_to_next_block(mha_tile *tile);
 
 /* workspace.c: one grow-only buffer per thread, 64-byte aligned, freed when the thread ends. */
 void *mha_workspace(size_t bytes);

@@ -203,3 +203,13 @@ void mha_tile_look_ahead(mha_tile *t, int lanes)
     if (k != t->k)
         add_stream(t, k, p->k.row, keys, p->head_dim * p->k.col);
 }
+
+/* The next block's keys and values, for a kernel that reads them only through copies. */
+void mha_tile_look_to_next_block(mha_tile *t)
+{
+    const mha_problem *p = t->problem;
+    const idx next = t->key0 + MHA_KEY_BLOCK, keys = min(p->seqlen_k - next, MHA_KEY_BLOCK);
+    t->num_ahead = 0;
+    add_stream(t, t->v + next * p->v.row, p->v.row, keys, p->head_dim_v * p->v.col);
+    add_stream(t, t->k + next * p->k.row, p->k.row, keys, p->head_dim * p->k.col);
+}
