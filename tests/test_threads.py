@@ -90,7 +90,11 @@ print(os_threads() - before)
 mha_fast.attention(q, k, v, threads=1)
 print(os_threads() - before)
 """
-    assert output_of(CASE + THREAD_COUNT + script).split() == ["0", "1", "1"]
+    small, large, serial = output_of(CASE + THREAD_COUNT + script).split()
+    assert small == "0"
+    # One beside the caller, and one that does nothing where there are no more CPUs than threads.
+    assert large in ("1", "2")
+    assert serial == large
 
 
 @needs_openmp
