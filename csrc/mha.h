@@ -156,6 +156,7 @@ idx mha_tile_count(const mha_problem *problem, int lanes);
 void mha_tile_begin(mha_tile *tile, const mha_problem *problem, idx task, int lanes, int vlen);
 int mha_tile_rows(const mha_problem *problem, idx task, int lanes);
 int mha_tile_block(mha_tile *tile, idx block);
+int mha_tile_trim(mha_tile *tile, int begin, int end);
 void mha_tile_look_ahead(mha_tile *tile, int lanes);
 void mha_tile_look_to_next_block(mha_tile *tile);
 

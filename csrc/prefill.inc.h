@@ -105,8 +105,7 @@ static ALWAYS_INLINE void FN(add_term_chunk)(const REAL *const *row, int shared,
 
 static void FN(add_term)(mha_tile *t, int n, int g, FN(mask_result) * result)
 {
-    const mha_array *term = &t->problem->terms[n];
-    const int shared = term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
+    const int shared = FN(is_shared)(t, n);
     const int begin = t->begin[g], keys = t->end[g] - begin;
     const REAL *row[VLEN];
     REAL *s = (REAL *)t->s + begin * LANES + g * VLEN;

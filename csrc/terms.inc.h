@@ -16,6 +16,28 @@ static const REAL *FN(term_row)(const mha_tile *t, int n, int lane, REAL *copy)
     return copy;
 }
 
+/* One row that all queries share, such as padding: its hidden ends cost nothing. */
+static int FN(is_shared)(const mha_tile *t, int n)
+{
+    const mha_array *term = &t->problem->terms[n];
+    return term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
+}
+
+static int FN(trim_to_shared)(mha_tile *t, int n)
+{
+    const mha_array *term = &t->problem->terms[n];
+    const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
+    REAL *row = t->strip;
+    int first = 0, last = end - begin;
+    FN(read_row)(row, t->term_row[n][0] + (t->key0 + begin) * term->col, term->col, last,
+                 term->dtype);
+    while (first < last && row[first] == -(REAL)INFINITY)
+        first++;
+    while (first < last && row[last - 1] == -(REAL)INFINITY)
+        last--;
+    return mha_tile_trim(t, begin + first, begin + last);
+}
+
 /* Look before it costs anything: a block that a term hides whole is skipped, and a term that adds
  * nothing takes no mask code. Stops at the first contradiction. */
 static int FN(term_effect)(const mha_tile *t, int n)
@@ -68,6 +90,9 @@ static int FN(open_block)(mha_tile *t, idx block, int *mixed, int k_any_col)
     idx unused;
     if (!mha_tile_block(t, block))
         return -1;
+    for (int n = 0; n < p->num_terms; n++)
+        if (FN(is_shared)(t, n) && !FN(trim_to_shared)(t, n))
+            return -1;
     for (int n = 0; n < p->num_terms; n++) {
         const int effect = FN(term_effect)(t, n);
         if (effect == TERM_HIDES_ALL)

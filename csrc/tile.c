@@ -173,6 +173,17 @@ int mha_tile_block(mha_tile *t, idx block)
     return t->num_segments > 0;
 }
 
+/* Leave out the block's keys outside [begin, end), which no lane sees. */
+int mha_tile_trim(mha_tile *t, int begin, int end)
+{
+    for (int g = 0; g < t->vectors; g++) {
+        t->begin[g] = (int)max(t->begin[g], begin);
+        t->end[g] = (int)max(t->begin[g], min(t->end[g], end));
+    }
+    cut_segments(t);
+    return t->num_segments > 0;
+}
+
 static void add_stream(mha_tile *t, const char *row, idx stride, idx rows, idx bytes)
 {
     if (rows > 0)
