@@ -155,13 +155,17 @@ static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
     t->hidden |= hidden;
 }
 
-/* In the tile's last block, set out to fetch the next task evenly until the block is done. */
-static void FN(look_ahead)(mha_tile *t)
+/* Set out to fetch the next block, or in the last one the next task, evenly while this block is
+ * computed. */
+static void FN(look_ahead)(mha_tile *t, int last)
 {
     const int keys = t->segment[t->num_segments - 1].end - t->segment[0].begin;
     const int steps = (int)(keys + t->problem->head_dim_v) / ROWS(NV) + 1;
     idx rows = 0;
-    mha_tile_look_ahead(t, LANES);
+    if (last)
+        mha_tile_look_ahead(t, LANES);
+    else
+        mha_tile_look_to_next_block(t);
     for (int n = 0; n < t->num_ahead; n++)
         rows += t->ahead[n].rows;
     t->ahead_pace = (int)(rows / steps) + 1;
@@ -173,8 +177,7 @@ static int FN(prefill_scores)(mha_tile *t, idx block)
     const int num_mixed = FN(open_block)(t, block, mixed, 1);
     if (num_mixed < 0)
         return 0;
-    if (block + 1 == t->last_block)
-        FN(look_ahead)(t);
+    FN(look_ahead)(t, block + 1 == t->last_block);
     for (int v = 0; v < t->vectors; v++)
         v_store((REAL *)t->m_block + v * VLEN, v_set1(-LARGEST));
     for (int n = 0; n < t->num_segments; n++) {

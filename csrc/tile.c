@@ -196,6 +196,7 @@ void mha_tile_look_ahead(mha_tile *t, int lanes)
 {
     const mha_problem *p = t->problem;
     const idx tiles = tiles_per_head(p, lanes), task = t->next_task;
+    t->num_ahead = 0;
     if (task < 0 || task >= mha_tile_count(p, lanes))
         return;
     const idx kv_head = task / tiles % p->kv_heads, batch = task / tiles / p->kv_heads;

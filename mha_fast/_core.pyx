@@ -380,4 +380,5 @@ def read_all(cnp.ndarray x):
 
 
 use_isa(os.environ.get("MHA_FAST_ISA"))
-os.register_at_fork(after_in_child=after_fork_in_child)
+if hasattr(os, "register_at_fork"):     # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=after_fork_in_child)
