@@ -21,7 +21,7 @@ bench: .venv/bench  ## this machine's table: mha_fast and every peer that is ins
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint mha_fast
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint mha_fast
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/isa/*
 
 clean:
