@@ -52,7 +52,7 @@ def _mean_ratio(times, others):
 
 
 def _measure_elsewhere(variables):
-    command = [sys.executable, "-c", "from mha_fast import doctor; doctor.measure()"]
+    command = [sys.executable, "-P", "-c", "from mha_fast import doctor; doctor.measure()"]
     done = subprocess.run(
         command, env={**os.environ, **variables}, capture_output=True, text=True, check=True
     )

@@ -57,7 +57,7 @@ def run_python():
         names = ("MHA_FAST_ISA", "MHA_FAST_NUM_THREADS", "OMP_NUM_THREADS")
         clean = {n: x for n, x in os.environ.items() if n not in names}
         return subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-P", "-c", code],
             env=clean | variables,
             capture_output=True,
             text=True,

@@ -91,7 +91,7 @@ print((tiny * np.float32(1) == tiny).all() and (tiny + tiny > tiny).all())
 
 
 def test_the_command_line_shows_the_configuration():
-    command = [sys.executable, "-m", "mha_fast", "info"]
+    command = [sys.executable, "-P", "-m", "mha_fast", "info"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.sep).stdout
     assert "Instruction sets:" in shown
     assert _core.get_isa() in shown

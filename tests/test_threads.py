@@ -189,7 +189,7 @@ def test_ctrl_c_interrupts_a_long_call(threads, heads):
     """The call alone would take tens of seconds, at any speed of today's cores."""
     size = f"heads, n, threads, options = {heads}, {2**17 // heads}, {threads}, {{}}"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{CASE}\n{size}\n{INTERRUPTED}"],
+        [sys.executable, "-P", "-c", f"{CASE}\n{size}\n{INTERRUPTED}"],
         stdout=subprocess.PIPE,
         text=True,
     )
