@@ -24,6 +24,8 @@ enum {
     MHA_MAX_VECTORS = 4,
     MHA_MAX_AXES = 64, /* NumPy's own limit */
     MHA_MAX_TERMS = 2,
+    MHA_DENSE =
+        8, /* bytes between neighbours of a row up to which its lines are worth asking for */
     /* Keys per block, aligned to key 0. Part of the canonical arithmetic: changing it changes
      * bits. 64 lanes x 192 keys x 4 bytes = 48 KiB of scores, well inside L2. */
     MHA_KEY_BLOCK = 192,

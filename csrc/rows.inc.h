@@ -58,7 +58,7 @@ static const void *FN(block_rows)(const mha_array *a, const char *block, const m
     int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
     for (int j = begin; j < end; j++) {
         const char *ahead = block + (j + 32) * a->row;
-        for (idx at = 0; at < cols * a->col; at += 64)
+        for (idx at = 0; a->col <= MHA_DENSE && at < cols * a->col; at += 64)
             PREFETCH(ahead + at);
         FN(read_row)((REAL *)copy + j * cols, block + j * a->row, a->col, cols, a->dtype);
     }

@@ -11,7 +11,7 @@ static const REAL *FN(term_row)(const mha_tile *t, int n, int lane, REAL *copy)
         return (const REAL *)src;
     FN(read_row)(copy, src, term->col, keys, term->dtype);
     /* The same row of the next block: rows lie far apart, so only we know what comes. */
-    for (idx at = 0; at < keys * term->col; at += 64)
+    for (idx at = 0; term->col <= MHA_DENSE && at < keys * term->col; at += 64)
         PREFETCH(src + MHA_KEY_BLOCK * term->col + at);
     return copy;
 }

@@ -184,9 +184,10 @@ int mha_tile_trim(mha_tile *t, int begin, int end)
     return t->num_segments > 0;
 }
 
-static void add_stream(mha_tile *t, const char *row, idx stride, idx rows, idx bytes)
+static void add_stream(mha_tile *t, const char *row, idx stride, idx rows, idx cols, idx col)
 {
-    if (rows > 0)
+    const idx bytes = cols * col;
+    if (rows > 0 && col <= MHA_DENSE)
         t->ahead[t->num_ahead++] = (mha_stream){row, stride, rows, bytes};
 }
 
@@ -207,13 +208,13 @@ void mha_tile_look_ahead(mha_tile *t, int lanes)
         const idx first = first_row(p, task, lanes);
         const char *q = p->q.data + batch_offset(p, &p->q, batch) + kv_head * p->q.head;
         const char *out = p->out.data + batch_offset(p, &p->out, batch) + kv_head * p->out.head;
-        add_stream(t, out + first * p->out.row, p->out.row, rows, p->head_dim_v * p->out.col);
-        add_stream(t, q + first * p->q.row, p->q.row, rows, p->head_dim * p->q.col);
+        add_stream(t, out + first * p->out.row, p->out.row, rows, p->head_dim_v, p->out.col);
+        add_stream(t, q + first * p->q.row, p->q.row, rows, p->head_dim, p->q.col);
     }
     if (v != t->v)
-        add_stream(t, v, p->v.row, keys, p->head_dim_v * p->v.col);
+        add_stream(t, v, p->v.row, keys, p->head_dim_v, p->v.col);
     if (k != t->k)
-        add_stream(t, k, p->k.row, keys, p->head_dim * p->k.col);
+        add_stream(t, k, p->k.row, keys, p->head_dim, p->k.col);
 }
 
 /* The next block's keys and values, for a kernel that reads them only through copies. */
@@ -222,6 +223,6 @@ void mha_tile_look_to_next_block(mha_tile *t)
     const mha_problem *p = t->problem;
     const idx next = t->key0 + MHA_KEY_BLOCK, keys = min(p->seqlen_k - next, MHA_KEY_BLOCK);
     t->num_ahead = 0;
-    add_stream(t, t->v + next * p->v.row, p->v.row, keys, p->head_dim_v * p->v.col);
-    add_stream(t, t->k + next * p->k.row, p->k.row, keys, p->head_dim * p->k.col);
+    add_stream(t, t->v + next * p->v.row, p->v.row, keys, p->head_dim_v, p->v.col);
+    add_stream(t, t->k + next * p->k.row, p->k.row, keys, p->head_dim, p->k.col);
 }
