@@ -9,7 +9,9 @@
  *      p = exp2(s - m') with one fixed polynomial, its sum l' and its weighted sum o', both chains
  *      from 0 in key order. A hidden key adds exact zeros, whether it is visited or not.
  *   4. Blocks merge in key order: with M = max(m, m'), a = exp2(m - M), b = exp2(m' - M),
- *      l = fma(l, a, l' * b) and o = fma(o, a, o' * b).
+ *      l = fma(l, a, l' * b) and o = fma(o, a, o' * b). After MHA_RUN blocks, counted from key 0,
+ *      the total of the runs before merges into the run by the same formula: that is the new
+ *      total, and a new run starts. A run that sees nothing changes nothing.
  *   5. out = fma(o, 1 / l, +0), or 0 where l is 0.
  */
 #include <float.h>

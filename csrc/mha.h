@@ -29,6 +29,9 @@ enum {
     /* Keys per block, aligned to key 0. Part of the canonical arithmetic: changing it changes
      * bits. 64 lanes x 192 keys x 4 bytes = 48 KiB of scores, well inside L2. */
     MHA_KEY_BLOCK = 192,
+    /* Blocks that merge among themselves before they meet those before them, for accuracy: what
+     * rounds is the number of merges in a row, 16 + n / 16 for n blocks. Changing it changes bits. */
+    MHA_RUN = 16,
 };
 
 #define MHA_OPEN PTRDIFF_MAX /* a window without an edge on that side */
@@ -105,6 +108,8 @@ typedef struct {
     /* Workspace. Prefill has queries in the lanes, decode has rows of keys and head dims. */
     void *m, *l, *o;    /* the state: running row max (log2 units), row sum, weighted sum */
     size_t state_bytes; /* of the three together */
+    void *total;        /* the state of the complete runs before, if has_total */
+    int has_total;
     idx o_rows, o_stride, o_live; /* o is [o_rows][o_stride], the first o_live columns in use */
     void *m_block, *l_block;      /* max and sum of the block at hand */
     void *a, *b;                  /* factors of the state and of the block when they merge */

@@ -55,6 +55,7 @@ static mha_tile *FN(open_tile)(const mha_problem *p, idx task, const FN(shape) *
         MHA_KEY_BLOCK * p->head_dim,
         MHA_KEY_BLOCK * p->head_dim_v,
         strip,
+        (idx)(FN(state_bytes)(shape) / sizeof(REAL)),
     };
     enum { BUFFERS = sizeof sizes / sizeof *sizes };
     const size_t header = FN(lines)((sizeof(mha_tile) + sizeof(REAL) - 1) / sizeof(REAL));
@@ -67,7 +68,7 @@ static mha_tile *FN(open_tile)(const mha_problem *p, idx task, const FN(shape) *
     mha_tile *t = (mha_tile *)memory;
     void **const buffers[BUFFERS] = {
         &t->m,       &t->l, &t->o,       &t->m_block, &t->l_block, &t->a,     &t->b,
-        &t->q_panel, &t->s, &t->o_block, &t->k_copy,  &t->v_copy,  &t->strip,
+        &t->q_panel, &t->s, &t->o_block, &t->k_copy,  &t->v_copy,  &t->strip, &t->total,
     };
     memory += header;
     for (int i = 0; i < BUFFERS; i++) {
@@ -75,6 +76,7 @@ static mha_tile *FN(open_tile)(const mha_problem *p, idx task, const FN(shape) *
         memory += FN(lines)(sizes[i]);
     }
     t->state_bytes = FN(state_bytes)(shape);
+    t->has_total = 0;
     mha_tile_begin(t, p, task, LANES, VLEN);
     return t;
 }

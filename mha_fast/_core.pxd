@@ -14,6 +14,7 @@ cdef extern from "mha.h" nogil:
         MHA_MAX_AXES
         MHA_MAX_TERMS
         MHA_KEY_BLOCK
+        MHA_RUN
         MHA_BOOL
         MHA_F16
         MHA_BF16
@@ -56,6 +57,8 @@ cdef extern from "mha.h" nogil:
         idx next_task
         idx first_block
         idx last_block
+        void *total
+        int has_total
 
     ctypedef struct mha_kernel:
         int lanes

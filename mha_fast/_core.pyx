@@ -55,7 +55,7 @@ cdef struct call_state:
     int threads
     int status
     # Only where keys are split. Blocks go in waves, which bounds the memory of partial results.
-    idx wave                # blocks per wave
+    idx wave                # blocks per wave: whole runs, or all
     idx wave_begin          # first block of the wave at hand
     char *records           # [tiles][1 + wave][record_bytes]: the waves before, then each block
     size_t record_bytes
@@ -82,7 +82,10 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
             kernel.weighted_sum_block(tile)                # O = rescaled O + P V
         if split:
             kernel.save(tile, record_of(call, tile_index, 1 + block - call.wave_begin))
+        else:
+            end_block(kernel, tile, block)
     if not split or merge_wave(call, kernel, tile, tile_index):
+        merge_total(kernel, tile)
         kernel.finish(tile)                                # O / sum, log-sum-exp
     return OK
 
@@ -95,11 +98,31 @@ cdef bint merge_wave(call_state *call, const mha_kernel *kernel, mha_tile *tile,
         return False
     if call.wave_begin > 0:
         kernel.merge(tile, record_of(call, tile_index, 0))
+        keep_total(kernel, tile)
     for block in range(max(call.wave_begin, tile.first_block), min(end, tile.last_block)):
         kernel.merge(tile, record_of(call, tile_index, 1 + block - call.wave_begin))
+        end_block(kernel, tile, block)
     if end < call.blocks:
+        merge_total(kernel, tile)
         kernel.save(tile, record_of(call, tile_index, 0))
     return end >= call.blocks
+
+
+cdef void end_block(const mha_kernel *kernel, mha_tile *tile, idx block) noexcept nogil:
+    """After the last block of a run, the run takes in the total and is the new one."""
+    if block % MHA_RUN == MHA_RUN - 1:
+        merge_total(kernel, tile)
+        keep_total(kernel, tile)
+
+
+cdef void merge_total(const mha_kernel *kernel, mha_tile *tile) noexcept nogil:
+    if tile.has_total:
+        kernel.merge(tile, tile.total)
+
+
+cdef void keep_total(const mha_kernel *kernel, mha_tile *tile) noexcept nogil:
+    kernel.save(tile, tile.total)
+    tile.has_total = True
 
 
 cdef char *record_of(call_state *call, idx tile_index, idx slot) noexcept nogil:
@@ -139,7 +162,7 @@ cdef int split_keys(call_state *call, int threads) except -1:
         return 0
     call.record_bytes = max(call.kernels.prefill.state_bytes(p), call.kernels.decode.state_bytes(p))
     affordable = threads * RECORD_BYTES_PER_THREAD // (call.tiles * call.record_bytes)
-    call.wave = min(call.blocks, max(wanted, affordable))
+    call.wave = min(call.blocks, (max(wanted, affordable) + MHA_RUN - 1) // MHA_RUN * MHA_RUN)
     call.chunk = max(1, call.wave * call.tiles // wanted)
     call.chunks = (call.wave + call.chunk - 1) // call.chunk
     if call.chunks == 1:

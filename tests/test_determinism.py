@@ -73,7 +73,7 @@ FEW_ROWS = sorted({1, *sizes.around(*sizes.FEW.values()), 65})
 @pytest.mark.parametrize("how", ["plain", "causal", "window", "kv_lengths", "mask"])
 def test_keys_split_among_threads_change_no_bit(isa, seqlen_q, how):
     seqlen_k = (20 if isa == "generic" else 60) * KEY_BLOCK + 9
-    q, k, v = qkv(seqlen_q, seqlen_k, 64, batch=(), heads=3, kv_heads=1)
+    q, k, v = qkv(seqlen_q, seqlen_k, 64, 128, batch=(), heads=3, kv_heads=1)
     options = {
         "causal": {"causal": True, "q_offset": seqlen_k // 2},
         "window": {"window": (10 * KEY_BLOCK + 5, 100), "q_offset": seqlen_k // 2},

@@ -54,6 +54,14 @@ def test_values_of_one_sign_are_accurate(isa, real):
     assert_accurate(attention(q, k, np.ones_like(v)), q, k, np.ones_like(v))
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 33])
+def test_long_rows_of_equal_scores_are_accurate(isa, seqlen_q):
+    q, k, v = qkv(seqlen_q, 65_536, 3, batch=(), heads=1)
+    assert_accurate(
+        attention(q, k, np.abs(v), scale=0.0, return_lse=True), q, k, np.abs(v), scale=0.0
+    )
+
+
 def test_descending_and_ascending_scores_are_accurate(isa, real):
     """Each block has a new maximum, or none after the first."""
     q, k, v = qkv(3, 4 * KEY_BLOCK, 1, dtype=real)
