@@ -1,8 +1,9 @@
 /* Few query rows: keys in the lanes. For a panel of keys,
- *     S = Q K^T           rows are queries, read as broadcast scalars; K is transposed in
- * registers, once for all rows of the tile P = exp2(S - m)     along the rows O (+)= P V rows are
- * queries; V rows are read as vectors K and V are read once for all heads of a group. Every chain
- * runs over the same numbers in the same order as in prefill.inc.h, so the bits are the same. */
+ *     S = Q K^T      rows are queries, read as broadcast scalars; K is transposed in registers
+ *     P = exp2(S - m)    along the rows
+ *     O (+)= P V     rows are queries; V rows are read as vectors
+ * K and V are read once for all heads of a group. Every chain runs over the same numbers in the
+ * same order as in prefill.inc.h, so the bits are the same. */
 
 #define PANEL (4 * VLEN)                  /* keys whose scores are computed together */
 #define VALUE_RUN 16                      /* keys whose values stay in L1 meanwhile */
@@ -277,7 +278,7 @@ static size_t FN(decode_state_bytes)(const mha_problem *p)
 static mha_tile *FN(decode_begin)(const mha_problem *p, idx task)
 {
     const FN(shape) shape = FN(decode_shape)(p);
-    const REAL factor = (REAL)(p->scale * LOG2_E);
+    const REAL factor = (REAL)p->scale;
     mha_tile *t = FN(open_tile)(p, task, &shape);
     if (!t)
         return NULL;

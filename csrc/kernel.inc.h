@@ -12,7 +12,8 @@
  *      l = fma(l, a, l' * b) and o = fma(o, a, o' * b). After MHA_RUN blocks, counted from key 0,
  *      the total of the runs before merges into the run by the same formula: that is the new
  *      total, and a new run starts. A run that sees nothing changes nothing.
- *   5. out = fma(o, 1 / l, +0), or 0 where l is 0.
+ *   5. out = fma(o, 1 / l, +0), or 0 where l is 0. A weight is exp2(s - m) * (1 / l), 0 if hidden.
+ *   6. A linear layer's output is such a score, of scale 1, plus its bias.
  */
 #include <float.h>
 
@@ -47,6 +48,7 @@ static ALWAYS_INLINE void FN(multiply)(vec *acc, int rows, int nv, idx depth, co
 #include "state.inc.h"
 #include "prefill.inc.h"
 #include "decode.inc.h"
+#include "write.inc.h"
 #include "measure.inc.h"
 
 static const mha_kernel FN(prefill) = {
@@ -59,12 +61,14 @@ static const mha_kernel FN(prefill) = {
     FN(save),
     FN(prefill_merge),
     FN(prefill_finish),
+    FN(prefill_write_scores),
 };
 
 static const mha_kernel FN(decode) = {
-    (3 * VLEN + 3) / 4, /* rows from which queries in the lanes cost less, by instruction count */
-    FN(decode_state_bytes),  FN(decode_begin), FN(decode_scores), FN(decode_softmax),
-    FN(decode_weighted_sum), FN(save),         FN(decode_merge),  FN(decode_finish),
+    (VLEN + 1) / 2, /* rows up to which keys in the lanes cost less, in cache as from DRAM */
+    FN(decode_state_bytes), FN(decode_begin),        FN(decode_scores),
+    FN(decode_softmax),     FN(decode_weighted_sum), FN(save),
+    FN(decode_merge),       FN(decode_finish),       FN(decode_write_scores),
 };
 
 static const mha_kernels FN(kernels) = {

@@ -24,13 +24,14 @@ enum {
     MHA_MAX_VECTORS = 4,
     MHA_MAX_AXES = 64, /* NumPy's own limit */
     MHA_MAX_TERMS = 2,
-    MHA_DENSE =
-        8, /* bytes between neighbours of a row up to which its lines are worth asking for */
+    /* Bytes between neighbours of a row up to which its lines are worth asking for. */
+    MHA_DENSE = 8,
     /* Keys per block, aligned to key 0. Part of the canonical arithmetic: changing it changes
      * bits. 64 lanes x 192 keys x 4 bytes = 48 KiB of scores, well inside L2. */
     MHA_KEY_BLOCK = 192,
     /* Blocks that merge among themselves before they meet those before them, for accuracy: what
-     * rounds is the number of merges in a row, 16 + n / 16 for n blocks. Changing it changes bits. */
+     * rounds is the number of merges in a row, 16 + n / 16 for n blocks. Changing it changes bits.
+     */
     MHA_RUN = 16,
 };
 
@@ -53,15 +54,20 @@ typedef struct {
     idx batch[MHA_MAX_AXES];
 } mha_array;
 
+/* Without a `scores` array: attention. With one, scores go out and there are no values: as weights
+ * where `sums` has what attention found out about each row, else as they are, plus `addend`. */
 typedef struct {
     mha_array q, k, v, out, lse;
-    mha_array terms[MHA_MAX_TERMS]; /* mask and bias, both added to the scores */
-    mha_array q_offset, kv_lengths; /* int64, batch axes only */
+    mha_array scores, sums;            /* sums: max and 1 / sum of each row, in the compute dtype */
+    const int64_t *rows_of, *heads_of; /* place in `scores` of a row, head; -1: not wanted */
+    const void *addend;                /* [seqlen_k] in the compute dtype, or NULL */
+    mha_array terms[MHA_MAX_TERMS];    /* mask and bias, both added to the scores */
+    mha_array q_offset, kv_lengths;    /* int64, batch axes only */
     int num_terms, batch_axes;
     idx batch_shape[MHA_MAX_AXES];
     idx batch, kv_heads, group_size, seqlen_q, seqlen_k, head_dim, head_dim_v;
     idx window_left, window_right;
-    double scale;
+    double scale; /* of the scores in log2 units: includes log2(e) */
 } mha_problem;
 
 /* Of some lanes: keys [begin, end) are seen by one of them at least, [all_begin, all_end) by all.
@@ -89,6 +95,7 @@ typedef struct {
     const char *q_row[MHA_MAX_LANES];
     char *out_row[MHA_MAX_LANES];
     char *lse_row[MHA_MAX_LANES];
+    char *scores_row[MHA_MAX_LANES], *sums_row[MHA_MAX_LANES];
     const char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
     idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* keys that a lane may see: [lo, hi) */
     mha_reach reach[MHA_MAX_VECTORS];
@@ -130,6 +137,7 @@ typedef struct {
     void (*save)(mha_tile *, void *record); /* put the state aside and start a new one */
     void (*merge)(mha_tile *, const void *record);
     void (*finish)(mha_tile *);
+    void (*write_scores)(mha_tile *); /* of the block at hand */
 } mha_kernel;
 
 typedef struct {

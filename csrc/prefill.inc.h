@@ -160,7 +160,7 @@ static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
 static void FN(look_ahead)(mha_tile *t, int last)
 {
     const int keys = t->segment[t->num_segments - 1].end - t->segment[0].begin;
-    const int steps = (int)(keys + t->problem->head_dim_v) / ROWS(NV) + 1;
+    const int steps = (int)(keys + t->problem->head_dim_v) / ROWS(t->vectors) + 1;
     idx rows = 0;
     if (last)
         mha_tile_look_ahead(t, LANES);
@@ -386,7 +386,7 @@ static mha_tile *FN(prefill_begin)(const mha_problem *p, idx task)
     t->o_stride = LANES;
     t->o_live = t->vectors * VLEN;
     FN(reset)(t);
-    FN(pack_q)(t, (REAL)(p->scale * LOG2_E));
+    FN(pack_q)(t, (REAL)p->scale);
     return t;
 }
 

@@ -95,12 +95,17 @@ static void FN(merge_sums)(mha_tile *t, const REAL *m_block, const REAL *l_block
     }
 }
 
-/* 1 / l of each lane, 0 where the row saw nothing; writes the lse where one is wanted. */
+/* 1 / l of each lane, 0 where the row saw nothing; writes the lse and the sums where wanted. */
 static void FN(finish_sums)(const mha_tile *t, REAL *inverse)
 {
     const REAL *m = t->m, *l = t->l;
     for (int i = 0; i < t->rows; i++) {
         inverse[i] = l[i] == 0 ? 0 : 1 / l[i];
+        if (t->sums_row[i]) {
+            REAL *sums = (REAL *)t->sums_row[i];
+            sums[0] = m[i];
+            sums[1] = inverse[i];
+        }
         if (t->lse_row[i]) {
             const REAL lse = (REAL)(m[i] / LOG2_E + log((double)l[i]));
             FN(write_row)(t->lse_row[i], &lse, 0, 1, DTYPE);

@@ -78,6 +78,24 @@ static mha_reach reach_of(const mha_tile *t, int first, int last)
     return r;
 }
 
+static char *row_of(char *data, const mha_array *a, idx head, idx row)
+{
+    return data && head >= 0 && row >= 0 ? data + head * a->head + row * a->row : NULL;
+}
+
+static idx place_of(const int64_t *places, idx i)
+{
+    return places ? places[i] : i;
+}
+
+static int any_wanted(const mha_tile *t)
+{
+    int any = 0;
+    for (int lane = 0; lane < t->rows; lane++)
+        any |= t->scores_row[lane] != NULL;
+    return any;
+}
+
 /* Task order: (batch, KV head) outside, so that neighbours in time share K and V in the cache;
  * inside, the last tile first, which sees the most keys when the mask is causal. */
 void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int vlen)
@@ -90,6 +108,8 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     const char *q = p->q.data + batch_offset(p, &p->q, batch);
     char *out = p->out.data + batch_offset(p, &p->out, batch);
     char *lse = p->lse.data ? p->lse.data + batch_offset(p, &p->lse, batch) : NULL;
+    char *scores = p->scores.data ? p->scores.data + batch_offset(p, &p->scores, batch) : NULL;
+    char *sums = p->sums.data ? p->sums.data + batch_offset(p, &p->sums, batch) : NULL;
     const char *term[MHA_MAX_TERMS];
 
     for (int n = 0; n < p->num_terms; n++)
@@ -107,7 +127,10 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
         const idx head = kv_head * p->group_size + in_group;
         t->q_row[lane] = q + head * p->q.head + i * p->q.row;
         t->out_row[lane] = out + head * p->out.head + i * p->out.row;
-        t->lse_row[lane] = lse ? lse + head * p->lse.head + i * p->lse.row : NULL;
+        t->lse_row[lane] = row_of(lse, &p->lse, head, i);
+        t->sums_row[lane] = row_of(sums, &p->sums, head, i);
+        t->scores_row[lane] =
+            row_of(scores, &p->scores, place_of(p->heads_of, head), place_of(p->rows_of, i));
         for (int n = 0; n < p->num_terms; n++)
             t->term_row[n][lane] = term[n] + head * p->terms[n].head + i * p->terms[n].row;
         span(p, i + offset, length, &t->lo[lane], &t->hi[lane]);
@@ -122,6 +145,8 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     const mha_reach all = reach_of(t, 0, t->rows);
     t->first_block = all.begin < all.end ? all.begin / MHA_KEY_BLOCK : 0;
     t->last_block = all.begin < all.end ? (all.end + MHA_KEY_BLOCK - 1) / MHA_KEY_BLOCK : 0;
+    if (scores && !any_wanted(t))
+        t->last_block = t->first_block;
 }
 
 /* Cut the keys of the block where the set of vectors that see them changes. Positions do not
@@ -187,7 +212,7 @@ int mha_tile_trim(mha_tile *t, int begin, int end)
 static void add_stream(mha_tile *t, const char *row, idx stride, idx rows, idx cols, idx col)
 {
     const idx bytes = cols * col;
-    if (rows > 0 && col <= MHA_DENSE)
+    if (rows > 0 && bytes > 0 && col <= MHA_DENSE)
         t->ahead[t->num_ahead++] = (mha_stream){row, stride, rows, bytes};
 }
 

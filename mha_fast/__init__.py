@@ -3,6 +3,7 @@
 from . import reference
 from .attention import AttentionResult, attention
 from .config import show_config
+from .projection import linear
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -11,6 +12,7 @@ __all__ = [
     "AttentionResult",
     "attention",
     "get_num_threads",
+    "linear",
     "reference",
     "set_num_threads",
     "show_config",

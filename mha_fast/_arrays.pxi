@@ -136,5 +136,9 @@ cdef object new_array(mha_problem *p, int ndim, idx heads, idx last, int dtype):
     return cnp.PyArray_SimpleNew(n, shape, number)
 
 
+cdef int compute_dtype(int dtype) noexcept:
+    return MHA_F64 if dtype == MHA_F64 else MHA_F32
+
+
 cdef int promote(int a, int b) noexcept:
     return a if a == b else MHA_F64 if a == MHA_F64 or b == MHA_F64 else MHA_F32

@@ -36,6 +36,11 @@ cdef extern from "mha.h" nogil:
         mha_array v
         mha_array out
         mha_array lse
+        mha_array scores
+        mha_array sums
+        const int64_t *rows_of
+        const int64_t *heads_of
+        const void *addend
         mha_array *terms
         mha_array q_offset
         mha_array kv_lengths
@@ -70,6 +75,7 @@ cdef extern from "mha.h" nogil:
         void (*save)(mha_tile *, void *record) noexcept nogil
         void (*merge)(mha_tile *, const void *record) noexcept nogil
         void (*finish)(mha_tile *) noexcept nogil
+        void (*write_scores)(mha_tile *) noexcept nogil
 
     ctypedef struct mha_kernels:
         const mha_kernel *prefill

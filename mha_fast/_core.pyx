@@ -7,6 +7,8 @@ error. attention.py then says what is wrong, or makes the arguments plain and ca
 
 import os
 
+import numpy as np
+
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
@@ -42,6 +44,7 @@ cdef double WORK_PER_SIGNAL_CHECK = 2e9
 cdef int TASKS_PER_THREAD = 4
 # Partial results of split keys that are kept at a time.
 cdef idx RECORD_BYTES_PER_THREAD = 1 << 21
+cdef double LOG2_E = 1.4426950408889634
 
 
 cdef struct call_state:
@@ -68,9 +71,7 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     cdef idx block, first = call.wave_begin + chunk * call.chunk
     cdef idx last = min(first + call.chunk, call.wave_begin + call.wave)
     cdef bint split = call.chunks > 1
-    cdef const mha_kernel *kernel = call.kernels.prefill
-    if mha_tile_rows(call.problem, tile_index, kernel.lanes) <= call.kernels.decode.lanes:
-        kernel = call.kernels.decode                       # the same bits, faster for few rows
+    cdef const mha_kernel *kernel = kernel_of(call, tile_index)
     cdef mha_tile *tile = kernel.begin(call.problem, tile_index)    # Q * scale, packed
     if tile == NULL:
         return OUT_OF_MEMORY
@@ -88,6 +89,25 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
         merge_total(kernel, tile)
         kernel.finish(tile)                                # O / sum, log-sum-exp
     return OK
+
+
+cdef int write_scores(call_state *call, idx tile_index, idx chunk) noexcept nogil:
+    """The same for scores that go out: no softmax, no sum."""
+    cdef idx block, first = chunk * call.chunk
+    cdef const mha_kernel *kernel = kernel_of(call, tile_index)
+    cdef mha_tile *tile = kernel.begin(call.problem, tile_index)
+    if tile == NULL:
+        return OUT_OF_MEMORY
+    for block in range(max(first, tile.first_block), min(first + call.chunk, tile.last_block)):
+        if kernel.scores_block(tile, block):
+            kernel.write_scores(tile)
+    return OK
+
+
+cdef const mha_kernel *kernel_of(call_state *call, idx tile_index) noexcept nogil:
+    """Two kernels with the same bits; one is faster for few rows."""
+    cdef int rows = mha_tile_rows(call.problem, tile_index, call.kernels.prefill.lanes)
+    return call.kernels.decode if rows <= call.kernels.decode.lanes else call.kernels.prefill
 
 
 cdef bint merge_wave(call_state *call, const mha_kernel *kernel, mha_tile *tile,
@@ -140,7 +160,10 @@ cdef void work_off(call_state *call) noexcept nogil:
         task = mha_fetch_add(&call.next_task, 1)
         if task >= call.tiles * call.chunks:
             return
-        call_status(call, attend(call, task // call.chunks, task % call.chunks))
+        if call.problem.scores.data == NULL:
+            call_status(call, attend(call, task // call.chunks, task % call.chunks))
+        else:
+            call_status(call, write_scores(call, task // call.chunks, task % call.chunks))
         if omp_get_thread_num() == 0 and task % call.signal_interval == 0 and pending_signal():
             call_status(call, INTERRUPTED)
 
@@ -159,6 +182,10 @@ cdef int split_keys(call_state *call, int threads) except -1:
     call.wave = call.chunk = call.blocks
     call.chunks = 1
     if threads == 1 or call.tiles >= wanted or call.tiles % threads == 0 or call.blocks < 2:
+        return 0
+    if p.scores.data != NULL:
+        call.chunk = max(1, call.blocks * call.tiles // wanted)
+        call.chunks = (call.blocks + call.chunk - 1) // call.chunk
         return 0
     call.record_bytes = max(call.kernels.prefill.state_bytes(p), call.kernels.decode.state_bytes(p))
     affordable = threads * RECORD_BYTES_PER_THREAD // (call.tiles * call.record_bytes)
@@ -240,168 +267,5 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
 
 
 include "_arrays.pxi"
-
-
-def forward(object q, object k, object v, object mask=None, object bias=None, object causal=False,
-            object scale=None, object threads=None, bint return_lse=False, object out=None,
-            object q_offset=None, object kv_lengths=None, object window=None):
-    """attention() of plain arguments, or NotImplemented.
-
-    Plain: q, k, v, mask and bias are exact ndarrays of native float dtypes (mask also bool) that
-    fit together, scale is None or a finite float, threads None or a positive int. out, q_offset,
-    kv_lengths (int64) and window (left, right) have been checked by attention.py.
-    """
-    cdef mha_problem p
-    cdef idx heads
-    cdef int axes, dtype, wanted
-    if not (plain(q) and plain(k) and plain(v) and (causal is True or causal is False)):
-        return NotImplemented
-    axes = max(cnp.PyArray_NDIM(q), cnp.PyArray_NDIM(k), cnp.PyArray_NDIM(v))
-    if min(cnp.PyArray_NDIM(q), cnp.PyArray_NDIM(k), cnp.PyArray_NDIM(v)) < 2:
-        return NotImplemented
-    memset(&p, 0, sizeof(p))
-    if not set_sizes(&p, q, k, v, axes):
-        return NotImplemented
-    heads = p.kv_heads * p.group_size
-    if not (describe(&p, &p.q, q, heads, p.seqlen_q, p.head_dim, 3)
-            and describe(&p, &p.k, k, p.kv_heads, p.seqlen_k, p.head_dim, 3)
-            and describe(&p, &p.v, v, p.kv_heads, p.seqlen_k, p.head_dim_v, 3)
-            and min(p.q.dtype, p.k.dtype, p.v.dtype) > MHA_BOOL
-            and set_terms(&p, mask, bias, heads)
-            and set_integers(&p, &p.q_offset, q_offset)
-            and set_integers(&p, &p.kv_lengths, kv_lengths)):
-        return NotImplemented
-    p.window_left, p.window_right = (MHA_OPEN, MHA_OPEN) if window is None else window
-    if causal is True:
-        p.window_right = min(p.window_right, 0)
-    if scale is None:
-        p.scale = 1 / sqrt(p.head_dim) if p.head_dim else 1
-    elif type(scale) is float and isfinite(<double>scale):
-        p.scale = scale
-    else:
-        return NotImplemented
-    if threads is not None and (type(threads) is not int or not 0 < threads < 1 << 30):
-        return NotImplemented
-
-    dtype = promote(promote(p.q.dtype, p.k.dtype), p.v.dtype)
-    wanted = default_threads() if threads is None else threads
-    if out is None:
-        out = new_array(&p, axes, heads, p.head_dim_v, dtype)
-    describe(&p, &p.out, out, heads, p.seqlen_q, p.head_dim_v, 3)
-    lse = None
-    if return_lse:
-        lse = new_array(&p, axes, heads, -1, MHA_F64 if dtype == MHA_F64 else MHA_F32)
-        describe(&p, &p.lse, lse, heads, p.seqlen_q, 1, 2)
-    if p.batch and heads and p.seqlen_q:
-        run(&p, isa.f64 if dtype == MHA_F64 else isa.f32, wanted)
-    return (out, lse) if return_lse else out
-
-
-# ---- Instruction set, threads, measurements ------------------------------------------------------
-
-cdef const mha_isa *isa = NULL
-cdef bint forked = False
-cdef int threads_set = 0                            # set_num_threads or its variable; 0: not set
-cdef int threads_quota = 0                          # the cgroup's CPU quota; 0: none
-cdef int openmp_threads = omp_get_max_threads()     # at import, before anybody limits it
-
-
-cdef int default_threads() noexcept:
-    """Threads of a call that does not say: ours if set, else OpenMP's, which knows OMP_NUM_THREADS,
-    affinity and threadpoolctl. A limit that OpenMP was given since import holds in either case."""
-    cdef int now = omp_get_max_threads()
-    cdef int count = threads_set or (min(now, threads_quota) if threads_quota else now)
-    return min(count, now) if now < openmp_threads else count
-
-
-def get_threads():
-    return default_threads()
-
-
-def get_threads_set():
-    return threads_set
-
-
-def set_threads(int count):
-    global threads_set
-    threads_set = count
-
-
-def set_quota(int count):
-    global threads_quota
-    threads_quota = count
-
-
-def after_fork_in_child():
-    """GNU OpenMP hangs in a forked child of a process that had a team: stay serial there."""
-    global forked
-    forked = True
-
-
-def is_forked():
-    return forked
-
-
-def set_bfloat16(int number):
-    global bfloat16
-    bfloat16 = number
-
-
-def isa_names(bint usable=True):
-    """Instruction sets that this CPU can run (or, not `usable`, all compiled in), fastest first."""
-    cdef int i = 0
-    names = []
-    while mha_isa_at(i) != NULL:
-        if not usable or mha_isa_usable(i):
-            names.append(mha_isa_at(i).name.decode())
-        i += 1
-    return names
-
-
-def get_isa():
-    return isa.name.decode()
-
-
-def use_isa(name):
-    """Compute with this instruction set from now on; None or "" is the fastest usable one."""
-    global isa
-    cdef int i = 0
-    names = isa_names()
-    if name and name not in names:
-        raise ValueError(f"MHA_FAST_ISA={name!r} is not usable here; usable: {', '.join(names)}")
-    while mha_isa_at(i).name.decode() != (name or names[0]):
-        i += 1
-    isa = mha_isa_at(i)
-
-
-def openmp_version():
-    return MHA_OPENMP_VERSION
-
-
-def exp2(cnp.ndarray x):
-    """The kernel's exponential of a contiguous float32 or float64 array, for its tests."""
-    cdef cnp.ndarray y = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
-    cdef const mha_kernels *kernels = isa.f64 if dtype_of(x) == MHA_F64 else isa.f32
-    assert dtype_of(x) >= MHA_F32
-    kernels.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
-    return y
-
-
-def fma_chain(idx rounds):
-    """Floating-point operations done by `rounds` of independent float32 FMA, for the peak."""
-    cdef double flops = 0
-    with nogil:
-        isa.f32.fma_chain(rounds, &flops)
-    return flops
-
-
-def read_all(cnp.ndarray x):
-    """Read a contiguous float32 array once, for the bandwidth."""
-    cdef idx n = x.size
-    with nogil:
-        isa.f32.read_all(cnp.PyArray_DATA(x), n)
-
-
-use_isa(os.environ.get("MHA_FAST_ISA"))
-if hasattr(os, "register_at_fork"):     # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=after_fork_in_child)
+include "_calls.pxi"
+include "_settings.pxi"

@@ -16,7 +16,7 @@ FARTHEST = 2**53  # positions and windows beyond this are mistakes, and could ov
 
 def plain_arguments(
     q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset, kv_lengths,
-    window,
+    window, return_weights, weights_heads, weights_rows,
 ):  # fmt: skip
     """The arguments of `_core.forward`, in its order; raises TypeError or ValueError."""
     q, k, v = (_floats(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -31,18 +31,45 @@ def plain_arguments(
     if out is not None:
         inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
         out = _out(out, (*rows, v.shape[-1]), result_dtype(q, k, v), inputs)
+    for name, chosen in (("weights_heads", weights_heads), ("weights_rows", weights_rows)):
+        if chosen is not None and not return_weights:
+            raise ValueError(f"{name} is {chosen!r}, expected None without return_weights=True")
+    if weights_heads is not None and not heads:
+        raise ValueError("weights_heads needs a heads axis, found two-dimensional q, k and v")
     return (
         q, k, v, mask, bias, bool(causal), _scale(scale), thread_count("threads", threads),
-        bool(return_lse), out, q_offset, kv_lengths, _window(window),
+        bool(return_lse), out, q_offset, kv_lengths, _window(window), bool(return_weights),
+        _places("weights_heads", weights_heads, *heads),
+        _places("weights_rows", weights_rows, q.shape[-2]),
     )  # fmt: skip
 
 
-def result_dtype(q, k, v):
+def plain_linear(x, weight, bias, threads):
+    """The arguments of `linear`, checked: x (..., width), weight (outputs, width), bias dense."""
+    x = _floats("x", x, ("width",))
+    weight = _floats("weight", weight, ("outputs", "width"))
+    if weight.ndim > 2:
+        raise ValueError(f"weight has shape {weight.shape}, expected (outputs, width)")
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has width {weight.shape[1]}, expected {x.shape[-1]} as in x")
+    if bias is not None:
+        bias = _floats("bias", bias, ("outputs",))
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {bias.shape}, expected {weight.shape[:1]}")
+        bias = np.ascontiguousarray(bias, compute_dtype(x, weight))
+    return x, weight, bias, thread_count("threads", threads)
+
+
+def result_dtype(*arrays):
     """NumPy's promotion of floats, where float16 beside bfloat16 is float32."""
-    dtypes = {q.dtype, k.dtype, v.dtype}
-    if len(dtypes) == 1:
-        return q.dtype
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    dtypes = {x.dtype for x in arrays}
+    return dtypes.pop() if len(dtypes) == 1 else compute_dtype(*arrays)
+
+
+def compute_dtype(*arrays):
+    """float64 where one of them is, else float32."""
+    wide = np.dtype(np.float64) in {x.dtype for x in arrays}
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 def is_float(dtype):
@@ -68,12 +95,12 @@ def _array(name, x):
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def _floats(name, x):
+def _floats(name, x, least=("seqlen", "head_dim")):
     x = _array(name, x)
     if not is_float(x.dtype):
         raise TypeError(f"{name} has dtype {x.dtype}, expected {FLOATS}: {name}.astype(np.float32)")
-    if x.ndim < 2:
-        raise ValueError(f"{name} has shape {x.shape}, expected at least (seqlen, head_dim)")
+    if x.ndim < len(least):
+        raise ValueError(f"{name} has shape {x.shape}, expected at least ({', '.join(least)})")
     return x
 
 
@@ -138,6 +165,28 @@ def _integers(name, x, batch, low, high):
     if x.size and not (low <= int(x.min()) and int(x.max()) <= high):
         raise ValueError(f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}")
     return x.astype(np.int64)
+
+
+def _places(name, chosen, length=1):
+    """Where each of `length` entries goes in a result of the chosen ones, -1: nowhere."""
+    if chosen is None:
+        return None
+    chosen = np.asarray(chosen)
+    if chosen.ndim != 1:
+        raise ValueError(f"{name} has shape {chosen.shape}, expected a list of ints")
+    if chosen.size and chosen.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {chosen.dtype}, expected ints")
+    if chosen.size and not (-length <= int(chosen.min()) and int(chosen.max()) < length):
+        raise ValueError(
+            f"{name} holds {int(chosen.min())} to {int(chosen.max())}, "
+            f"expected {-length} to {length - 1}"
+        )
+    chosen = chosen.astype(np.int64) % max(length, 1)
+    places = np.full(length, -1, np.int64)
+    places[chosen] = np.arange(len(chosen))
+    if np.count_nonzero(places >= 0) < len(chosen):
+        raise ValueError(f"{name} names an entry twice: {chosen.tolist()}")
+    return places
 
 
 def _scale(scale):

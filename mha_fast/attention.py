@@ -9,10 +9,32 @@ from .arguments import plain_arguments
 
 
 class AttentionResult(NamedTuple):
-    """What `attention` returns when it is asked for more than `out`."""
+    """What `attention` returns with `return_lse`."""
 
     out: np.ndarray
     lse: np.ndarray
+
+
+class WeightsResult(NamedTuple):
+    """What `attention` returns with `return_weights`."""
+
+    out: np.ndarray
+    weights: np.ndarray
+
+
+class FullResult(NamedTuple):
+    """What `attention` returns with `return_lse` and `return_weights`."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    weights: np.ndarray
+
+
+def named_result(out, lse, weights):
+    """`out`, or with what is not None a tuple of names."""
+    if weights is None:
+        return out if lse is None else AttentionResult(out, lse)
+    return WeightsResult(out, weights) if lse is None else FullResult(out, lse, weights)
 
 
 def attention(
@@ -29,6 +51,9 @@ def attention(
     scale=None,
     out=None,
     return_lse=False,
+    return_weights=False,
+    weights_heads=None,
+    weights_rows=None,
     threads=None,
 ):
     """Attention of every query over the keys it may see.
@@ -71,6 +96,11 @@ def attention(
         Written and returned. Any strides; it may not overlap an input.
     return_lse : bool
         Also return the log-sum-exp of the scores.
+    return_weights : bool
+        Also return what each query gives to each key: the softmax, 0 where a key is hidden. They
+        are computed after `out`, whose bits they leave alone, and take memory for every pair.
+    weights_heads, weights_rows : list of int, optional
+        Weights of these heads, of these query rows alone; negative numbers count from the end.
     threads : int, optional
         Upper limit for this call; see `set_num_threads`. It changes no bit of the result.
 
@@ -79,9 +109,11 @@ def attention(
     out : ndarray, shape (..., heads, seqlen_q, head_dim_v)
         Of dtype ``np.result_type(q, k, v)``. 16-bit floats are computed in float32. A row that
         sees no key is 0.
-    AttentionResult
-        With `return_lse`: ``(out, lse)``; ``lse (..., heads, seqlen_q)`` in the compute dtype,
-        natural logarithm, -inf for a row that sees no key.
+    AttentionResult, WeightsResult or FullResult
+        With `return_lse` or `return_weights` the named tuple ``(out, lse)``, ``(out, weights)``
+        or ``(out, lse, weights)``. ``lse (..., heads, seqlen_q)`` is in the compute dtype, natural
+        logarithm, -inf for a row that sees no key. ``weights (..., heads, seqlen_q, seqlen_k)``
+        are in the compute dtype, 0 in a row that sees no key.
 
     Raises
     ------
@@ -109,15 +141,15 @@ def attention(
     array([[2., 3.]], dtype=float32)
     """
     result = NotImplemented
-    if out is None and window is None and q_offset is None and kv_lengths is None:
+    plain = not return_weights and weights_heads is None and weights_rows is None
+    if plain and out is None and window is None and q_offset is None and kv_lengths is None:
         result = forward(q, k, v, mask, bias, causal, scale, threads, return_lse)
     if result is NotImplemented:
         result = forward(
             *plain_arguments(
                 q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset,
-                kv_lengths, window,
+                kv_lengths, window, return_weights, weights_heads, weights_rows,
             )
         )  # fmt: skip
-    if out is not None:  # itself, were it a subclass such as memmap
-        result = (out, result[1]) if return_lse else out
-    return AttentionResult(*result) if return_lse else result
+    result, lse, weights = result
+    return named_result(result if out is None else out, lse, weights)

@@ -5,8 +5,8 @@ Scores are stored whole, so memory grows with ``seqlen_q * seqlen_k``.
 
 import numpy as np
 
-from .arguments import plain_arguments, result_dtype
-from .attention import AttentionResult
+from .arguments import compute_dtype, plain_arguments, plain_linear, result_dtype
+from .attention import named_result
 
 
 def attention(
@@ -23,6 +23,9 @@ def attention(
     scale=None,
     out=None,
     return_lse=False,
+    return_weights=False,
+    weights_heads=None,
+    weights_rows=None,
     threads=None,
 ):
     """Attention of every query over the keys it may see; see `mha_fast.attention`.
@@ -35,14 +38,14 @@ def attention(
     >>> attention(q, k, v)
     array([[2., 3.]], dtype=float32)
     """
-    (q, k, v, mask, bias, causal, scale, _, _, out, q_offset, kv_lengths, window) = (
+    (q, k, v, mask, bias, causal, scale, _, _, out, q_offset, kv_lengths, window, *_) = (
         plain_arguments(
-            q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset,
-            kv_lengths, window,
+            q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset, kv_lengths,
+            window, return_weights, weights_heads, weights_rows,
         )
     )  # fmt: skip
     dtype = result_dtype(q, k, v)
-    compute = np.float64 if dtype == np.float64 else np.float32
+    compute = compute_dtype(q, k, v)
     without_heads = max(q.ndim, k.ndim, v.ndim) == 2
     # One axis for the KV heads, one for the query heads that share each of them:
     k, v = (x.reshape(*x.shape[:-2], 1, *x.shape[-2:]).astype(compute) for x in (k, v))
@@ -55,7 +58,7 @@ def attention(
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
 
-    s = compute(scale) * (q @ k.swapaxes(-1, -2))  # (..., kv_heads, group, seqlen_q, seqlen_k)
+    s = compute.type(scale) * (q @ k.swapaxes(-1, -2))  # (..., kv_heads, group, seqlen_q, seqlen_k)
     s = s.reshape(*s.shape[:-4], *rows, keys)
     s = np.broadcast_to(s, (*batch, *rows, keys))
     visible = _interval(batch, rows[1], keys, causal, q_offset, kv_lengths, window)
@@ -71,7 +74,7 @@ def attention(
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
     p = np.exp(s - np.where(m == -np.inf, 0, m))
     l = p.sum(axis=-1, keepdims=True)  # noqa: E741
-    p = np.divide(p, l, out=np.zeros_like(p), where=l != 0)
+    p = np.divide(p, l, out=np.zeros_like(p), where=visible & (l != 0))
     grouped = (*batch, kv_heads, group_size, rows[1], keys)
     result = _weighted_sum(p.reshape(grouped), visible.reshape(grouped), v)
     result = result.reshape(*batch, *(rows[1:] if without_heads else rows), v.shape[-1])
@@ -81,7 +84,26 @@ def attention(
         out = result.astype(dtype)
     else:
         out[...] = result
-    return AttentionResult(out, lse) if return_lse else out
+    weights = None
+    if return_weights:
+        for axis, chosen in ((-3, weights_heads), (-2, weights_rows)):
+            p = p if chosen is None else np.take(p, np.asarray(chosen, int), axis)
+        weights = p[..., 0, :, :] if without_heads else p
+    return named_result(out, lse if return_lse else None, weights)
+
+
+def linear(x, weight, bias=None, *, threads=None):
+    """A layer's product, ``x @ weight.T + bias``; see `mha_fast.linear`.
+
+    Examples
+    --------
+    >>> linear([[1.0, 2.0]], [[1.0, 0.0], [1.0, 1.0]])
+    array([[1., 3.]])
+    """
+    x, weight, bias, _ = plain_linear(x, weight, bias, threads)
+    compute = compute_dtype(x, weight)
+    product = x.astype(compute) @ weight.astype(compute).T
+    return (product if bias is None else product + bias).astype(result_dtype(x, weight))
 
 
 def _interval(batch, seqlen_q, seqlen_k, causal, q_offset, kv_lengths, window):

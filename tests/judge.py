@@ -30,6 +30,20 @@ def lse_bound(answer, compute):
     return tolerance(answer.gross, compute) + rounding(exact, compute)
 
 
+def weights_bound(answer, compute):
+    """The rule for weights, which are the sums of one value of 1; below the normal numbers
+    exp2 falls to 0."""
+    tiny = np.finfo(compute).smallest_normal
+    return tolerance(answer.score, compute)[..., None] * answer.weights + tiny
+
+
+def product_bound(x, weight, bias, compute):
+    """|x| |W|^T + |bias|, each term rounded once for every step of its chain at most (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1)."""
+    size = np.abs(x) @ np.abs(weight).T + np.abs(bias)
+    return (x.shape[-1] + 2) * np.finfo(compute).eps / 2 * size + np.finfo(compute).tiny
+
+
 def rounding(x, dtype):
     """Half a unit in the last place of `x` in a storage dtype."""
     info = ml_dtypes.finfo(dtype)
@@ -49,9 +63,9 @@ def assert_within(error, bound, what):
 
 
 def assert_accurate(result, q, k, v, mask=None, *, out64=None, **options):
-    """`result` is `out` or (out, lse): |out - out64| <= FACTOR (1 + max|score|) eps
+    """`result` is `out` or a named tuple: |out - out64| <= FACTOR (1 + max|score|) eps
     sum p|v|, and one rounding to the storage dtype."""
-    out, lse = result if isinstance(result, tuple) else (result, None)
+    out, lse, weights = parts(result)
     compute = compute_dtype(out.dtype)
     wide = np.longdouble if compute == np.float64 else np.float64
     answer = oracle.attention(q, k, v, mask, wide=wide, **options)
@@ -66,6 +80,20 @@ def assert_accurate(result, q, k, v, mask=None, *, out64=None, **options):
         assert np.array_equal(lse == -np.inf, empty), "lse -inf in the wrong rows"
         error = np.abs(np.where(empty, 0, lse) - np.where(empty, 0, answer.lse))
         assert_within(error, lse_bound(answer, compute), "lse")
+    if weights is not None:
+        assert weights.dtype == compute and weights.shape == answer.weights.shape
+        assert (weights[answer.weights == 0] == 0).all(), "weights of hidden keys"
+        error = np.abs(weights - answer.weights)
+        assert_within(error, weights_bound(answer, compute), "weights")
+
+
+def parts(result):
+    """out, lse and weights; None for what was not asked for."""
+    if not isinstance(result, tuple):
+        return result, None, None
+    if not hasattr(result, "weights"):
+        return (*result, None)
+    return result.out, getattr(result, "lse", None), result.weights
 
 
 def bits(x):

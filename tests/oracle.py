@@ -13,6 +13,7 @@ class Answer(NamedTuple):
     lse: np.ndarray
     size: np.ndarray  # sum over keys of p |v|: what an error of `out` is measured by
     score: np.ndarray  # largest |score| that each row sees
+    weights: np.ndarray
     gross: np.ndarray  # the same with |q|, |k| and |terms|, so nothing cancels
 
 
@@ -46,7 +47,7 @@ def attention(q, k, v, mask=None, *, bias=None, scale=None, wide=None, **structu
     empty = total == 0
     p = p / np.where(empty, 1, total)[..., None]
     lse = np.where(empty, -np.inf, m + np.log(np.where(empty, 1, total)))
-    answer = Answer(p @ v, lse, p @ np.abs(v), score, gross)
+    answer = Answer(p @ v, lse, p @ np.abs(v), score, p, gross)
     return Answer(*(x[0] for x in answer)) if without_heads else answer
 
 

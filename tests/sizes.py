@@ -9,7 +9,7 @@ import numpy as np
 KEY_BLOCK = 192
 VECTOR = {"avx512": 16, "avx2": 8, "generic": 4}  # float32 numbers in a vector
 TILE = {"avx512": 64, "avx2": 24, "generic": 8}  # query rows in a float32 tile
-FEW = {isa: (3 * n + 3) // 4 for isa, n in VECTOR.items()}  # rows that decode takes
+FEW = {isa: (n + 1) // 2 for isa, n in VECTOR.items()}  # rows that decode takes
 PRIMES = (3, 5, 13, 31, 67, 101)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

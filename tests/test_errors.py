@@ -67,6 +67,8 @@ DTYPES = [
     ("window", 3, r"window is 3, expected a tuple \(left, right\)"),
     ("window", (1.5, 0), r"window is \(1.5, 0\), expected ints or None"),
     ("window", (True, 0), r"window is \(True, 0\), expected ints or None"),
+    ("weights_heads", [1.0], "weights_heads has dtype float64, expected ints"),
+    ("weights_rows", [True], "weights_rows has dtype bool, expected ints"),
 ]
 
 VALUES = [
@@ -107,6 +109,10 @@ VALUES = [
     ("window", (1,), r"window has 1 entries, expected \(left, right\)"),
     ("window", (1, 2, 3), r"window has 3 entries, expected \(left, right\)"),
     ("window", (-1, 0), r"window is \(-1, 0\), expected sides of at least 0"),
+    ("weights_heads", [0, 4], "weights_heads holds 0 to 4, expected -4 to 3"),
+    ("weights_heads", [1, -3], r"weights_heads names an entry twice: \[1, 1\]"),
+    ("weights_rows", -6, r"weights_rows has shape \(\), expected a list of ints"),
+    ("weights_rows", [-6], "weights_rows holds -6 to -6, expected -5 to 4"),
     ("window", (None, -5), r"window is \(None, -5\), expected sides of at least 0"),
 ]
 
@@ -120,13 +126,21 @@ ROWS = [(TypeError, *row) for row in DTYPES] + [(ValueError, *row) for row in VA
     ids=[f"{name}-{message[:30]}" for _, name, _, message in ROWS],
 )
 def test_bad_argument_is_named_and_out_is_untouched(function, error, name, value, message):
-    arguments = {"q": Q, "k": K, "v": V} | {name: value}
+    arguments = {"q": Q, "k": K, "v": V, "return_weights": "weights" in name} | {name: value}
     with pytest.raises(error, match=message):
         function(**arguments)
     out = np.full((2, 4, 5, 3), 7, np.float32)
     with pytest.raises(error, match=message):
         function(**arguments, out=out)
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("function", [attention, reference.attention])
+def test_choosing_weights_needs_weights_and_a_heads_axis(function):
+    with pytest.raises(ValueError, match="weights_rows is .* expected None without return_weights"):
+        function(Q, K, V, weights_rows=[0])
+    with pytest.raises(ValueError, match="weights_heads needs a heads axis"):
+        function(Q[0, 0], K[0, 0], V[0, 0], return_weights=True, weights_heads=[0])
 
 
 def test_two_dimensional_score_shape_is_worded_without_heads():

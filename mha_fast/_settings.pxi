@@ -1,0 +1,108 @@
+"""Instruction set, threads and measurements: what the process has set, included by _core.pyx."""
+
+cdef const mha_isa *isa = NULL
+cdef bint forked = False
+cdef int threads_set = 0                            # set_num_threads or its variable; 0: not set
+cdef int threads_quota = 0                          # the cgroup's CPU quota; 0: none
+cdef int openmp_threads = omp_get_max_threads()     # at import, before anybody limits it
+
+
+cdef int default_threads() noexcept:
+    """Threads of a call that does not say: ours if set, else OpenMP's, which knows OMP_NUM_THREADS,
+    affinity and threadpoolctl. A limit that OpenMP was given since import holds in either case."""
+    cdef int now = omp_get_max_threads()
+    cdef int count = threads_set or (min(now, threads_quota) if threads_quota else now)
+    return min(count, now) if now < openmp_threads else count
+
+
+def get_threads():
+    return default_threads()
+
+
+def get_threads_set():
+    return threads_set
+
+
+def set_threads(int count):
+    global threads_set
+    threads_set = count
+
+
+def set_quota(int count):
+    global threads_quota
+    threads_quota = count
+
+
+def after_fork_in_child():
+    """GNU OpenMP hangs in a forked child of a process that had a team: stay serial there."""
+    global forked
+    forked = True
+
+
+def is_forked():
+    return forked
+
+
+def set_bfloat16(int number):
+    global bfloat16
+    bfloat16 = number
+
+
+def isa_names(bint usable=True):
+    """Instruction sets that this CPU can run (or, not `usable`, all compiled in), fastest first."""
+    cdef int i = 0
+    names = []
+    while mha_isa_at(i) != NULL:
+        if not usable or mha_isa_usable(i):
+            names.append(mha_isa_at(i).name.decode())
+        i += 1
+    return names
+
+
+def get_isa():
+    return isa.name.decode()
+
+
+def use_isa(name):
+    """Compute with this instruction set from now on; None or "" is the fastest usable one."""
+    global isa
+    cdef int i = 0
+    names = isa_names()
+    if name and name not in names:
+        raise ValueError(f"MHA_FAST_ISA={name!r} is not usable here; usable: {', '.join(names)}")
+    while mha_isa_at(i).name.decode() != (name or names[0]):
+        i += 1
+    isa = mha_isa_at(i)
+
+
+def openmp_version():
+    return MHA_OPENMP_VERSION
+
+
+def exp2(cnp.ndarray x):
+    """The kernel's exponential of a contiguous float32 or float64 array, for its tests."""
+    cdef cnp.ndarray y = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
+    cdef const mha_kernels *kernels = isa.f64 if dtype_of(x) == MHA_F64 else isa.f32
+    assert dtype_of(x) >= MHA_F32
+    kernels.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
+    return y
+
+
+def fma_chain(idx rounds):
+    """Floating-point operations done by `rounds` of independent float32 FMA, for the peak."""
+    cdef double flops = 0
+    with nogil:
+        isa.f32.fma_chain(rounds, &flops)
+    return flops
+
+
+def read_all(cnp.ndarray x):
+    """Read a contiguous float32 array once, for the bandwidth."""
+    cdef idx n = x.size
+    with nogil:
+        isa.f32.read_all(cnp.PyArray_DATA(x), n)
+
+
+use_isa(os.environ.get("MHA_FAST_ISA"))
+if hasattr(os, "register_at_fork"):     # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=after_fork_in_child)

@@ -1,0 +1,54 @@
+"""The products around attention, computed by its kernel and its threads."""
+
+import math
+
+from . import _core
+from .arguments import plain_linear
+
+
+def linear(x, weight, bias=None, *, threads=None):
+    """A linear layer, ``x @ weight.T + bias``: what stands before and after attention.
+
+    The products are computed as attention's scores are, by the same threads. So they do not
+    wake a second pool of threads, as NumPy's ``@`` does, and each row of the result depends on
+    that row of `x` alone: not on threads, the other rows, strides or instruction set.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., width)
+        float16, bfloat16 (`ml_dtypes`), float32 or float64. Copied where its leading axes cannot
+        be one axis of a view.
+    weight : array_like, shape (outputs, width)
+        One row per output, as torch and safetensors files have it; any strides.
+    bias : array_like, shape (outputs,), optional
+        Added in the compute dtype.
+    threads : int, optional
+        Upper limit for this call; see `set_num_threads`. It changes no bit of the result.
+
+    Returns
+    -------
+    ndarray, shape (..., outputs)
+        Of dtype ``np.result_type(x, weight)``. 16-bit floats are computed in float32.
+
+    Raises
+    ------
+    TypeError
+        An argument has an unsupported dtype or kind.
+    ValueError
+        Shapes do not fit.
+    MemoryError
+        No memory for the result or for the scratch space of a thread.
+
+    Notes
+    -----
+    Goto and van de Geijn, "Anatomy of high-performance matrix multiplication"
+    (doi 10.1145/1356052.1356053), with rows of `x` in the SIMD lanes.
+
+    Examples
+    --------
+    >>> linear([[1.0, 2.0]], [[1.0, 0.0], [1.0, 1.0]])
+    array([[1., 3.]])
+    """
+    x, weight, bias, threads = plain_linear(x, weight, bias, threads)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _core.linear(rows, weight, bias, threads).reshape(*x.shape[:-1], len(weight))
