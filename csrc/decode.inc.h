@@ -73,6 +73,8 @@ static void FN(decode_score_panel)(mha_tile *t, int j, int keys)
                 FN(fetch_ahead)(t);
             else
                 FN(prefetch_keys)(key[i] + PANEL * t->k_row, t->k_row, VLEN, d, n);
+            FN(prefetch_keys)((const REAL *)t->v_block + (j + i) * t->v_row, t->v_row, VLEN, d,
+                              d + VLEN < dim ? n : t->problem->head_dim_v - d);
             if (n == VLEN) {
                 EACH (c, VLEN)
                     v[c] = v_load(key[i + c] + d);
@@ -173,8 +175,6 @@ static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, i
     const idx dim = t->problem->head_dim_v;
     REAL *part = (REAL *)t->o_block + row * dim + d;
     vec acc[16];
-    FN(prefetch_keys)((const REAL *)t->v_block + end * t->v_row, t->v_row, end - begin, d,
-                      nv * VLEN);
     EACH (i, rows)
         EACH (v, nv)
             acc[i * nv + v] = v_load(part + i * dim + v * VLEN);
