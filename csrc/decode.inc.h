@@ -23,15 +23,28 @@
             f(__VA_ARGS__, row, 1);                                                                \
     } while (0)
 
-/* Ask for columns [d, d + n) of `keys` rows that come later; what lies past the array is asked for
- * in vain. K is read VLEN rows at once and V in strips of a few lines, which no hardware prefetcher
- * follows; asking piece by piece, as the pieces before are used, keeps the memory evenly busy. */
-static ALWAYS_INLINE void FN(prefetch_keys)(const REAL *row, idx stride, int keys, idx d, idx n)
+/* Call f with a constant storage dtype. */
+#define BY_DTYPE(dtype, f, ...)                                                                    \
+    do {                                                                                           \
+        if ((dtype) == MHA_F16)                                                                    \
+            f(__VA_ARGS__, MHA_F16);                                                               \
+        else if ((dtype) == MHA_BF16)                                                              \
+            f(__VA_ARGS__, MHA_BF16);                                                              \
+        else                                                                                       \
+            f(__VA_ARGS__, DTYPE);                                                                 \
+    } while (0)
+
+/* Ask for columns [d, d + n) of VLEN rows that come later, from row j on; what lies past the array
+ * is asked for in vain. K is read VLEN rows at once and V in strips of a few lines, which no
+ * hardware prefetcher follows; asking piece by piece, as the pieces before are used, keeps the
+ * memory evenly busy. */
+static ALWAYS_INLINE void FN(prefetch_rows)(const mha_rows *x, int j, idx d, idx n, int dtype)
 {
-    enum { LINE = 64 / sizeof(REAL) };
-    for (idx at = (d + LINE - 1) / LINE * LINE; at < d + n; at += LINE)
-        for (int j = 0; j < keys; j++)
-            PREFETCH(row + j * stride + at);
+    const idx size = FN(size_of)(dtype), stride = x->row * size;
+    const char *row = (const char *)x->data + j * stride;
+    for (idx at = (d * size + 63) / 64 * 64; at < (d + n) * size; at += 64)
+        for (int i = 0; i < VLEN; i++)
+            PREFETCH(row + i * stride + at);
 }
 
 /* Add head dims d to d + n - 1 to the scores of VLEN keys from `key` on; v[c] holds dim d + c of
@@ -56,12 +69,14 @@ static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, const vec *v,
 /* Scores of keys j to j + keys - 1 <= PANEL. Each piece of K is used as soon as it is transposed
  * and never stored; the keys of a panel take turns, so their chains over head_dim overlap. Keys
  * past the visible ones are not read: their lanes repeat the last. */
-static void FN(decode_score_panel)(mha_tile *t, int j, int keys)
+static ALWAYS_INLINE void FN(decode_score_panel)(mha_tile *t, int j, int keys, int dtype)
 {
-    const idx dim = t->problem->head_dim;
-    const REAL *key[PANEL];
+    const idx dim = t->problem->head_dim, dim_v = t->problem->head_dim_v;
+    const idx size = FN(size_of)(dtype);
+    const mha_rows *k = &t->k_block;
+    const char *key[PANEL];
     for (int i = 0; i < PANEL; i++)
-        key[i] = (const REAL *)t->k_block + (j + (i < keys ? i : keys - 1)) * t->k_row;
+        key[i] = (const char *)k->data + (j + (i < keys ? i : keys - 1)) * k->row * size;
     for (int row = 0; row < t->rows; row++)
         for (int i = 0; i < keys; i += VLEN)
             v_store((REAL *)t->s + row * SCORE_ROW + j + i, v_set1(0));
@@ -72,21 +87,23 @@ static void FN(decode_score_panel)(mha_tile *t, int j, int keys)
             if (t->num_ahead > 0)
                 FN(fetch_ahead)(t);
             else
-                FN(prefetch_keys)(key[i] + PANEL * t->k_row, t->k_row, VLEN, d, n);
-            FN(prefetch_keys)((const REAL *)t->v_block + (j + i) * t->v_row, t->v_row, VLEN, d,
-                              d + VLEN < dim ? n : t->problem->head_dim_v - d);
-            if (n == VLEN) {
-                EACH (c, VLEN)
-                    v[c] = v_load(key[i + c] + d);
-                v_transpose(v);
+                FN(prefetch_rows)(k, j + i + PANEL, d, n, dtype);
+            FN(prefetch_rows)(&t->v_block, j + i, d, d + VLEN < dim ? n : dim_v - d,
+                              t->v_block.dtype);
+            EACH (c, VLEN)
+                v[c] = FN(load_up_to)(key[i + c] + d * size, n, dtype);
+            v_transpose(v);
+            if (n == VLEN)
                 BY_ROWS(t->rows, FN(decode_score_rows), t, v, d, VLEN, j + i);
-            } else {
-                EACH (c, VLEN)
-                    v[c] = v_load_n(key[i + c] + d, n);
-                v_transpose(v);
+            else
                 BY_ROWS(t->rows, FN(decode_score_rows), t, v, d, n, j + i);
-            }
         }
+}
+
+static ALWAYS_INLINE void FN(decode_score_block)(mha_tile *t, int dtype)
+{
+    for (int j = t->begin[0]; j < t->end[0]; j += PANEL)
+        FN(decode_score_panel)(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL, dtype);
 }
 
 /* Hide what the row may not see and the tail of its last vector, and take the maximum; whether
@@ -121,16 +138,15 @@ static int FN(decode_hide)(mha_tile *t, int row)
 static int FN(decode_scores)(mha_tile *t, idx block)
 {
     int mixed[MHA_MAX_TERMS];
-    const int num_mixed = FN(open_block)(t, block, mixed, 0);
+    const int num_mixed =
+        FN(open_block)(t, block, mixed, FN(BY_VECTOR_WIDENED), FN(BY_VECTOR_WIDENED));
     if (num_mixed < 0)
         return 0;
-    if (t->k_block == t->k_copy) {
+    if (t->k_block.data == t->k_copy) {
         mha_tile_look_to_next_block(t);
         t->ahead_pace = 4; /* rows per step, of which a block takes about 100 */
     }
-    for (int j = t->begin[0]; j < t->end[0]; j += PANEL) {
-        FN(decode_score_panel)(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL);
-    }
+    BY_DTYPE(t->k_block.dtype, FN(decode_score_block), t);
     int hidden = 0;
     for (int row = 0; row < t->rows; row++) {
         REAL *s = (REAL *)t->s + row * SCORE_ROW;
@@ -170,19 +186,20 @@ static void FN(decode_softmax)(mha_tile *t)
 
 /* part[row][d..] += P V over keys [begin, end) for nv vectors of head dims. */
 static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, int end, int row,
-                                                 int rows, int nv, idx d)
+                                                 int rows, int nv, idx d, int dtype)
 {
-    const idx dim = t->problem->head_dim_v;
+    const idx dim = t->problem->head_dim_v, size = FN(size_of)(dtype);
+    const mha_rows *v = &t->v_block;
     REAL *part = (REAL *)t->o_block + row * dim + d;
     vec acc[16];
     EACH (i, rows)
-        EACH (v, nv)
-            acc[i * nv + v] = v_load(part + i * dim + v * VLEN);
+        EACH (c, nv)
+            acc[i * nv + c] = v_load(part + i * dim + c * VLEN);
     FN(multiply)(acc, rows, nv, end - begin, (const REAL *)t->s + row * SCORE_ROW + begin,
-                 SCORE_ROW, 1, (const REAL *)t->v_block + begin * t->v_row + d, t->v_row);
+                 SCORE_ROW, 1, (const char *)v->data + (begin * v->row + d) * size, v->row, dtype);
     EACH (i, rows)
-        EACH (v, nv)
-            v_store(part + i * dim + v * VLEN, acc[i * nv + v]);
+        EACH (c, nv)
+            v_store(part + i * dim + c * VLEN, acc[i * nv + c]);
 }
 
 /* The same for one row and n <= VLEN head dims: the last ones, and all where V holds an Inf or
@@ -190,13 +207,16 @@ static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, i
 static void FN(decode_value_tail)(const mha_tile *t, int begin, int end, int row, idx d, int n,
                                   int guarded)
 {
-    const REAL *p = (const REAL *)t->s + row * SCORE_ROW, *v = (const REAL *)t->v_block + d;
+    const mha_rows *v = &t->v_block;
+    const idx size = FN(size_of)(v->dtype);
+    const REAL *p = (const REAL *)t->s + row * SCORE_ROW;
     REAL *part = (REAL *)t->o_block + row * t->problem->head_dim_v + d;
     vec acc = n == VLEN ? v_load(part) : v_load_n(part, n);
     for (int j = begin; j < end; j++)
         if (!guarded || p[j] != 0 || !signbit(p[j]))
-            acc = v_fma(v_set1(p[j]),
-                        n == VLEN ? v_load(v + j * t->v_row) : v_load_n(v + j * t->v_row, n), acc);
+            acc = v_fma(
+                v_set1(p[j]),
+                FN(load_up_to)((const char *)v->data + (j * v->row + d) * size, n, v->dtype), acc);
     if (n == VLEN)
         v_store(part, acc);
     else
@@ -204,15 +224,15 @@ static void FN(decode_value_tail)(const mha_tile *t, int begin, int end, int row
 }
 
 static ALWAYS_INLINE void FN(decode_value_rows)(const mha_tile *t, int begin, int end, int guarded,
-                                                int row, int rows)
+                                                int dtype, int row, int rows)
 {
     const int nv = DECODE_NV(rows);
     const idx dim = t->problem->head_dim_v;
     idx d = 0;
     for (; d + nv * VLEN <= dim && !guarded; d += nv * VLEN)
-        FN(decode_value_chunk)(t, begin, end, row, rows, nv, d);
+        FN(decode_value_chunk)(t, begin, end, row, rows, nv, d, dtype);
     for (; d + VLEN <= dim && !guarded; d += VLEN)
-        FN(decode_value_chunk)(t, begin, end, row, rows, 1, d);
+        FN(decode_value_chunk)(t, begin, end, row, rows, 1, d, dtype);
     for (; d < dim; d += VLEN)
         for (int i = 0; i < rows; i++)
             FN(decode_value_tail)(t, begin, end, row + i, d, dim - d < VLEN ? (int)(dim - d) : VLEN,
@@ -246,20 +266,24 @@ static void FN(decode_merge)(mha_tile *t, const void *record)
 }
 
 /* Where rows and head dims pass over the values more than once, keys go in runs that stay in L1. */
-static void FN(decode_weighted_sum)(mha_tile *t)
+static ALWAYS_INLINE void FN(decode_values)(mha_tile *t, int guarded, int dtype)
 {
-    const idx dim = t->problem->head_dim_v;
-    const int guarded = t->hidden && !FN(values_finite)(t);
-    const int once = t->rows == 1 && dim <= DECODE_NV(1) * VLEN;
+    const int once = t->rows == 1 && t->problem->head_dim_v <= DECODE_NV(1) * VLEN;
     const int run = once ? MHA_KEY_BLOCK : VALUE_RUN;
-    REAL *part = t->o_block;
-    FN(merge_sums)(t, t->m_block, t->l_block, 1);
-    memset(part, 0, sizeof(REAL) * (size_t)(t->rows * dim));
     for (int j = t->begin[0]; j < t->end[0]; j += run) {
         const int end = t->end[0] - j < run ? t->end[0] : j + run;
         FN(fetch_ahead)(t);
-        BY_ROWS(t->rows, FN(decode_value_rows), t, j, end, guarded);
+        BY_ROWS(t->rows, FN(decode_value_rows), t, j, end, guarded, dtype);
     }
+}
+
+static void FN(decode_weighted_sum)(mha_tile *t)
+{
+    const int guarded = t->hidden && !FN(values_finite)(t);
+    REAL *part = t->o_block;
+    FN(merge_sums)(t, t->m_block, t->l_block, 1);
+    memset(part, 0, sizeof(REAL) * (size_t)(t->rows * t->problem->head_dim_v));
+    BY_DTYPE(t->v_block.dtype, FN(decode_values), t, guarded);
     FN(decode_merge_part)(t, part);
 }
 

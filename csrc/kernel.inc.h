@@ -25,25 +25,9 @@
 #define LARGEST ((REAL)(IS_FLOAT ? FLT_MAX : DBL_MAX))
 #define LOG2_E 1.4426950408889634
 
-/* acc[i * nv + v] += sum over k of a[i * a_row + k * a_depth] * b[k * b_depth + v * VLEN], the one
- * inner loop of it all. */
-static ALWAYS_INLINE void FN(multiply)(vec *acc, int rows, int nv, idx depth, const REAL *a,
-                                       idx a_row, idx a_depth, const REAL *b, idx b_depth)
-{
-    for (idx k = 0; k < depth; k++, a += a_depth, b += b_depth) {
-        vec bk[8];
-        EACH (v, nv)
-            bk[v] = v_load(b + v * VLEN);
-        EACH (i, rows) {
-            const vec ai = v_set1(a[i * a_row]);
-            EACH (v, nv)
-                acc[i * nv + v] = v_fma(ai, bk[v], acc[i * nv + v]);
-        }
-    }
-}
-
 #include "exp2.inc.h"
 #include "rows.inc.h"
+#include "multiply.inc.h"
 #include "terms.inc.h"
 #include "state.inc.h"
 #include "prefill.inc.h"

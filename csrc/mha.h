@@ -81,6 +81,13 @@ typedef struct {
     int begin, end, first, last;
 } mha_segment;
 
+/* Rows of K or V, where the kernel can read them; strides in elements of their dtype. */
+typedef struct {
+    const void *data;
+    idx row, col;
+    int dtype;
+} mha_rows;
+
 /* Rows of memory to ask for before they are needed. */
 typedef struct {
     const char *row;
@@ -106,8 +113,7 @@ typedef struct {
     int begin[MHA_MAX_VECTORS], end[MHA_MAX_VECTORS];
     int num_segments, hidden; /* hidden: some lane may not see some key of its vector's range */
     mha_segment segment[2 * MHA_MAX_VECTORS];
-    const void *k_block, *v_block;
-    idx k_row, k_col, v_row; /* strides of the two, in elements */
+    mha_rows k_block, v_block;
 
     int num_ahead, ahead_pace; /* streams of the next task, and rows of them to ask for at a time */
     mha_stream ahead[4];

@@ -26,8 +26,9 @@ static ALWAYS_INLINE void FN(score_rows)(const mha_tile *t, int rows, int nv, in
     EACH (i, rows)
         EACH (v, nv)
             acc[i * nv + v] = v_set1(0);
-    FN(multiply)(acc, rows, nv, t->problem->head_dim, (const REAL *)t->k_block + j * t->k_row,
-                 t->k_row, t->k_col, (const REAL *)t->q_panel + lane, LANES);
+    const mha_rows *k = &t->k_block;
+    FN(multiply)(acc, rows, nv, t->problem->head_dim, (const REAL *)k->data + j * k->row, k->row,
+                 k->col, (const REAL *)t->q_panel + lane, LANES, DTYPE);
     EACH (i, rows)
         EACH (v, nv) {
             v_store(s + i * LANES + v * VLEN, acc[i * nv + v]);
@@ -174,7 +175,7 @@ static void FN(look_ahead)(mha_tile *t, int last)
 static int FN(prefill_scores)(mha_tile *t, idx block)
 {
     int mixed[MHA_MAX_TERMS];
-    const int num_mixed = FN(open_block)(t, block, mixed, 1);
+    const int num_mixed = FN(open_block)(t, block, mixed, FN(BY_NUMBER), FN(BY_VECTOR));
     if (num_mixed < 0)
         return 0;
     FN(look_ahead)(t, block + 1 == t->last_block);
@@ -227,8 +228,8 @@ static ALWAYS_INLINE void FN(value_rows)(const mha_tile *t, const mha_segment *s
         EACH (v, nv)
             acc[i * nv + v] = a ? v_set1(0) : v_load(part + i * LANES + v * VLEN);
     FN(multiply)(acc, rows, nv, seg->end - seg->begin,
-                 (const REAL *)t->v_block + seg->begin * t->v_row + d, 1, t->v_row,
-                 (const REAL *)t->s + seg->begin * LANES + lane, LANES);
+                 (const REAL *)t->v_block.data + seg->begin * t->v_block.row + d, 1, t->v_block.row,
+                 (const REAL *)t->s + seg->begin * LANES + lane, LANES, DTYPE);
     EACH (i, rows)
         EACH (v, nv) {
             const idx at = i * LANES + v * VLEN;
@@ -266,7 +267,7 @@ static void FN(value_segment_guarded)(const mha_tile *t, const mha_segment *seg)
             vec acc = v_load(part);
             for (int j = seg->begin; j < seg->end; j++) {
                 const vec p = v_load((const REAL *)t->s + j * LANES + g * VLEN);
-                const vec v = v_set1(((const REAL *)t->v_block)[j * t->v_row + d]);
+                const vec v = v_set1(((const REAL *)t->v_block.data)[j * t->v_block.row + d]);
                 const vec hidden = v_if_equal(p, zero, v_div(one, p), zero); /* -inf for -0 */
                 acc = v_if_less(hidden, zero, acc, v_fma(v, p, acc));
             }

@@ -44,17 +44,22 @@ static int FN(in_place)(const char *data, idx row, idx col, int dtype)
     return dtype == DTYPE && (uintptr_t)data % size == 0 && row % size == 0 && col % size == 0;
 }
 
-/* Rows [begin, end) of a block as REAL: the block itself where it can be read in place with unit
- * stride along the columns (or with any, if `any_col`), else a copy. Strides are in elements. */
-static const void *FN(block_rows)(const mha_array *a, const char *block, const mha_tile *t,
-                                  idx cols, void *copy, idx *row, idx *col, int any_col)
+/* What a reader of K or V can do: take single numbers, so that any strides are fine; take vectors;
+ * take vectors and widen 16-bit floats on the way. */
+enum { FN(BY_NUMBER), FN(BY_VECTOR), FN(BY_VECTOR_WIDENED) };
+
+/* The block's rows, of `cols` columns, of an array: in place where the reader can read them, else a
+ * copy of those that are visible. */
+static mha_rows FN(block_rows)(const mha_tile *t, const mha_array *a, const char *head, idx cols,
+                               void *copy, int reader)
 {
-    const idx size = sizeof(REAL);
-    if (FN(in_place)(block, a->row, a->col, a->dtype) && (any_col || a->col == size)) {
-        *row = a->row / size;
-        *col = a->col / size;
-        return block;
-    }
+    const char *block = head + t->key0 * a->row;
+    const int half = a->dtype == MHA_F16 || a->dtype == MHA_BF16;
+    const idx size = half ? 2 : sizeof(REAL);
+    const int readable = half ? reader == FN(BY_VECTOR_WIDENED) && a->row % 2 == 0
+                              : FN(in_place)(block, a->row, a->col, a->dtype);
+    if (readable && (reader == FN(BY_NUMBER) || a->col == size))
+        return (mha_rows){block, a->row / size, a->col / size, a->dtype};
     int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
     for (int j = begin; j < end; j++) {
         const char *ahead = block + (j + 32) * a->row;
@@ -62,9 +67,34 @@ static const void *FN(block_rows)(const mha_array *a, const char *block, const m
             PREFETCH(ahead + at);
         FN(read_row)((REAL *)copy + j * cols, block + j * a->row, a->col, cols, a->dtype);
     }
-    *row = cols;
-    *col = 1;
-    return copy;
+    return (mha_rows){copy, cols, 1, DTYPE};
+}
+
+/* A vector of numbers stored in the compute dtype or in 16 bits. */
+static ALWAYS_INLINE vec FN(load_as)(const char *p, int dtype)
+{
+    return dtype == MHA_F16    ? v_load_f16(p)
+           : dtype == MHA_BF16 ? v_load_bf16(p)
+                               : v_load((const REAL *)p);
+}
+
+static ALWAYS_INLINE vec FN(load_n_as)(const char *p, int n, int dtype)
+{
+    char copy[VLEN * sizeof(REAL)] = {0};
+    if (dtype == DTYPE)
+        return v_load_n((const REAL *)p, n);
+    memcpy(copy, p, 2 * (size_t)n);
+    return FN(load_as)(copy, dtype);
+}
+
+static ALWAYS_INLINE vec FN(load_up_to)(const char *p, int n, int dtype)
+{
+    return n == VLEN ? FN(load_as)(p, dtype) : FN(load_n_as)(p, n, dtype);
+}
+
+static ALWAYS_INLINE idx FN(size_of)(int dtype)
+{
+    return dtype == DTYPE ? sizeof(REAL) : 2;
 }
 
 /* VLEN rows of `n` numbers from column d on, transposed into VLEN rows of `lanes` (times `scale`,

@@ -117,18 +117,20 @@ static void FN(finish_sums)(const mha_tile *t, REAL *inverse)
 static int FN(values_finite)(const mha_tile *t)
 {
     const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
-    const idx dim = t->problem->head_dim_v;
+    const mha_rows *v = &t->v_block;
+    const idx dim = t->problem->head_dim_v, size = FN(size_of)(v->dtype);
     const vec zero = v_set1(0);
     vec taint[2] = {zero, zero};
     for (int j = begin; j < end; j++) {
-        const REAL *row = (const REAL *)t->v_block + j * t->v_row;
+        const char *row = (const char *)v->data + j * v->row * size;
         idx d = 0;
         for (; d + 2 * VLEN <= dim; d += 2 * VLEN)
             EACH (i, 2)
-                taint[i] = v_fma(v_load(row + d + i * VLEN), zero, taint[i]);
+                taint[i] =
+                    v_fma(FN(load_as)(row + (d + i * VLEN) * size, v->dtype), zero, taint[i]);
         for (; d < dim; d += VLEN) {
             const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
-            taint[0] = v_fma(n == VLEN ? v_load(row + d) : v_load_n(row + d, n), zero, taint[0]);
+            taint[0] = v_fma(FN(load_up_to)(row + d * size, n, v->dtype), zero, taint[0]);
         }
     }
     return !FN(any_nonzero)(v_add(taint[0], taint[1]));

@@ -81,13 +81,12 @@ static ALWAYS_INLINE vec FN(with_term)(vec s, vec term)
     return v_if_equal(s, minus_inf, s, v_if_equal(term, minus_inf, term, sum));
 }
 
-/* Set the tile to a block of keys; k_any_col: K may have any stride along head_dim. Returns how
+/* Set the tile to a block of keys, to be read as `k_reader` and `v_reader` can. Returns how
  * many terms must be added (listed in `mixed`), or -1 where no key of the block is visible. */
-static int FN(open_block)(mha_tile *t, idx block, int *mixed, int k_any_col)
+static int FN(open_block)(mha_tile *t, idx block, int *mixed, int k_reader, int v_reader)
 {
     const mha_problem *p = t->problem;
     int num_mixed = 0;
-    idx unused;
     if (!mha_tile_block(t, block))
         return -1;
     for (int n = 0; n < p->num_terms; n++)
@@ -100,9 +99,7 @@ static int FN(open_block)(mha_tile *t, idx block, int *mixed, int k_any_col)
         if (effect == TERM_MIXED)
             mixed[num_mixed++] = n;
     }
-    t->k_block = FN(block_rows)(&p->k, t->k + t->key0 * p->k.row, t, p->head_dim, t->k_copy,
-                                &t->k_row, &t->k_col, k_any_col);
-    t->v_block = FN(block_rows)(&p->v, t->v + t->key0 * p->v.row, t, p->head_dim_v, t->v_copy,
-                                &t->v_row, &unused, 0);
+    t->k_block = FN(block_rows)(t, &p->k, t->k, p->head_dim, t->k_copy, k_reader);
+    t->v_block = FN(block_rows)(t, &p->v, t->v, p->head_dim_v, t->v_copy, v_reader);
     return num_mixed;
 }

@@ -1,12 +1,12 @@
-/* AVX2 and FMA: 8 floats or 4 doubles, 16 registers. */
+/* AVX2, FMA and F16C: 8 floats or 4 doubles, 16 registers. */
 #include "../mha.h"
 #include "vocabulary.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include <immintrin.h>
 
@@ -44,6 +44,15 @@ static ALWAYS_INLINE vec v_load_n(const float *p, int n)
 static ALWAYS_INLINE void v_store_n(float *p, vec a, int n)
 {
     _mm256_maskstore_ps(p, first32(n), a);
+}
+static ALWAYS_INLINE vec v_load_f16(const void *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
+}
+static ALWAYS_INLINE vec v_load_bf16(const void *p)
+{
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 static ALWAYS_INLINE vec v_set1(float x)
 {
@@ -133,6 +142,15 @@ static ALWAYS_INLINE vec v_load_n(const double *p, int n)
 static ALWAYS_INLINE void v_store_n(double *p, vec a, int n)
 {
     _mm256_maskstore_pd(p, first64(n), a);
+}
+static ALWAYS_INLINE vec v_load_f16(const void *p)
+{
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(p)));
+}
+static ALWAYS_INLINE vec v_load_bf16(const void *p)
+{
+    const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(p));
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
 }
 static ALWAYS_INLINE vec v_set1(double x)
 {

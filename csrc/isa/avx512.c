@@ -1,13 +1,13 @@
-/* AVX-512 F, DQ, BW, VL: 16 floats or 8 doubles, 32 registers. */
+/* AVX-512 F, DQ, BW, VL and F16C: 16 floats or 8 doubles, 32 registers. */
 #include "../mha.h"
 #include "vocabulary.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))),    \
-                             apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,prefer-vector-width=512")
 #endif
 #include <immintrin.h>
 
@@ -35,6 +35,15 @@ static ALWAYS_INLINE vec v_load_n(const float *p, int n)
 static ALWAYS_INLINE void v_store_n(float *p, vec a, int n)
 {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a);
+}
+static ALWAYS_INLINE vec v_load_f16(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
+}
+static ALWAYS_INLINE vec v_load_bf16(const void *p)
+{
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 static ALWAYS_INLINE vec v_set1(float x)
 {
@@ -130,6 +139,15 @@ static ALWAYS_INLINE vec v_load_n(const double *p, int n)
 static ALWAYS_INLINE void v_store_n(double *p, vec a, int n)
 {
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), a);
+}
+static ALWAYS_INLINE vec v_load_f16(const void *p)
+{
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(p)));
+}
+static ALWAYS_INLINE vec v_load_bf16(const void *p)
+{
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
 }
 static ALWAYS_INLINE vec v_set1(double x)
 {

@@ -1,4 +1,5 @@
 /* Plain C: every CPU can run it. The fused multiply-add is the C library's, exact everywhere. */
+#include "../dtype.h"
 #include "../mha.h"
 #include "vocabulary.h"
 

@@ -24,6 +24,20 @@ static ALWAYS_INLINE void v_store(REAL *p, vec a)
 {
     v_store_n(p, a, VLEN);
 }
+static ALWAYS_INLINE vec v_load_f16(const void *p)
+{
+    vec r;
+    EACH (i, VLEN)
+        r.x[i] = (REAL)mha_from_f16((const char *)p + 2 * i);
+    return r;
+}
+static ALWAYS_INLINE vec v_load_bf16(const void *p)
+{
+    vec r;
+    EACH (i, VLEN)
+        r.x[i] = (REAL)mha_from_bf16((const char *)p + 2 * i);
+    return r;
+}
 static ALWAYS_INLINE vec v_set1(REAL x)
 {
     vec r;

@@ -3,6 +3,7 @@
  *   vec                     VLEN numbers
  *   v_load v_store          unaligned
  *   v_load_n v_store_n      the first n of VLEN, 0 <= n < VLEN; loads fill up with zeros
+ *   v_load_f16 v_load_bf16  VLEN numbers stored in 16 bits, exactly
  *   v_set1                  the same number in every lane
  *   v_add v_sub v_mul v_div
  *   v_fma(a, b, c)          a * b + c, rounded once
@@ -26,6 +27,8 @@
 #define v_store FN(v_store)
 #define v_load_n FN(v_load_n)
 #define v_store_n FN(v_store_n)
+#define v_load_f16 FN(v_load_f16)
+#define v_load_bf16 FN(v_load_bf16)
 #define v_set1 FN(v_set1)
 #define v_add FN(v_add)
 #define v_sub FN(v_sub)
