@@ -225,6 +225,27 @@ cdef int team_of(int threads, bint hot) noexcept nogil:
     return threads + (MHA_GNU_OPENMP and not hot and threads == omp_get_num_procs())
 
 
+cdef int worth(double most, int threads) noexcept nogil:
+    return 1 if forked or omp_in_parallel() else max(1, min(threads, <int>min(most, 1e6)))
+
+
+cdef int64_t threads_claimed = 0    # by the large calls that run now
+
+
+cdef int claim(int threads) noexcept nogil:
+    """What the calls of other Python threads leave: two full teams on the same cores take longer
+    than one after the other."""
+    cdef int64_t others = mha_fetch_add(&threads_claimed, threads)
+    cdef int free_cpus = <int>max(1, omp_get_num_procs() - others)
+    cdef int given = threads if others == 0 else min(threads, free_cpus)
+    mha_fetch_add(&threads_claimed, given - threads)
+    return given
+
+
+cdef void release(int threads) noexcept nogil:
+    mha_fetch_add(&threads_claimed, -threads)
+
+
 cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) except -1:
     """All tasks. Threads share nothing but the counter of tasks, so they cannot change a bit."""
     global call_end
@@ -235,16 +256,11 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
     call.problem = p
     call.kernels = kernels
     call.tiles = mha_tile_count(p, kernels.prefill.lanes)
-    cdef bint hot = False
-    if work < 2 * WORK_PER_HOT_THREAD:
-        threads = 1
-    elif threads > 1:
-        hot = omp_get_wtime() - call_end < HOT
-        threads = min(threads, <int>min(work / WORK_PER_HOT_THREAD, 1e6))
-        if not hot:
-            threads = max(1, min(threads, <int>min(work / WORK_PER_COLD_THREAD, 1e6)))
-    if forked or omp_in_parallel():
-        threads = 1
+    cdef bint hot = omp_get_wtime() - call_end < HOT
+    cdef bint large = work >= 2 * WORK_PER_HOT_THREAD
+    threads = worth(work / (WORK_PER_HOT_THREAD if hot else WORK_PER_COLD_THREAD), threads)
+    cdef int claimed = claim(threads) if large else 1
+    threads = claimed
     try:
         split_keys(&call, threads)
         tasks = call.tiles * call.chunks
@@ -256,9 +272,11 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
                 call.wave_begin += call.wave
                 if call.wave_begin >= call.blocks or call.status != OK:
                     break
-        if work >= 2 * WORK_PER_HOT_THREAD:
+        if large:
             call_end = omp_get_wtime()
     finally:
+        if large:
+            release(claimed)
         free(call.records)
         free(call.missing)
     if call.status == OUT_OF_MEMORY:

@@ -98,6 +98,26 @@ print(os_threads() - before)
 
 
 @needs_openmp
+@needs_openmp
+def test_calls_side_by_side_share_the_cores(output_of):
+    script = f"""{CASE}
+import os
+from mha_fast import _core
+cpus = len(os.sched_getaffinity(0))
+print(_core.claim_threads(cpus) == cpus, _core.claim_threads(cpus))
+alone = len(os.listdir("/proc/self/task"))
+beside = mha_fast.attention(q, k, v, threads=cpus + 1)
+print(len(os.listdir("/proc/self/task")) - alone)
+print(_core.claim_threads(-cpus), _core.claim_threads(-1))
+expected = mha_fast.attention(q, k, v, threads=cpus + 1)
+print(len(os.listdir("/proc/self/task")) > alone, (beside == expected).all())
+print(_core.claim_threads(cpus + 5) == cpus + 5)
+"""
+    cpus = len(os.sched_getaffinity(0))
+    lines = output_of(script).splitlines()
+    assert lines == ["True 1", "0", f"{-cpus} -1", "True True", "True"]
+
+
 def test_gil_is_released_during_a_call():
     q, k, v = qkv(2000, 2000, 64, batch=(1,), heads=8)
     ticks, done = [], threading.Event()
