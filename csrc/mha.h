@@ -96,14 +96,15 @@ typedef struct {
 
 typedef struct {
     const mha_problem *problem;
-    idx next_task; /* that this thread will probably do next; -1: unknown */
-    int rows, vectors;
-    const char *k, *v; /* of this batch row and KV head */
-    const char *q_row[MHA_MAX_LANES];
+    idx next_task;            /* that this thread will probably do next; -1: unknown */
+    int rows, vectors, lanes; /* lanes: of the vectors in use */
+    const char *k, *v;        /* of this batch row and KV head */
+    idx head[MHA_MAX_LANES], query[MHA_MAX_LANES]; /* of each row */
+    char *q_row[MHA_MAX_LANES];
     char *out_row[MHA_MAX_LANES];
     char *lse_row[MHA_MAX_LANES];
     char *scores_row[MHA_MAX_LANES], *sums_row[MHA_MAX_LANES];
-    const char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
+    char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
     idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* keys that a lane may see: [lo, hi) */
     mha_reach reach[MHA_MAX_VECTORS];
     idx first_block, last_block;

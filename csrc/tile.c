@@ -78,42 +78,52 @@ static mha_reach reach_of(const mha_tile *t, int first, int last)
     return r;
 }
 
-static char *row_of(char *data, const mha_array *a, idx head, idx row)
+/* Where the tile's rows are in an array; NULL where there is no array. */
+static void point_at_rows(const mha_tile *t, const mha_array *a, idx batch, char **row)
 {
-    return data && head >= 0 && row >= 0 ? data + head * a->head + row * a->row : NULL;
+    char *base = a->data ? a->data + batch_offset(t->problem, a, batch) : NULL;
+    for (int lane = 0; lane < t->lanes; lane++)
+        row[lane] = base ? base + t->head[lane] * a->head + t->query[lane] * a->row : NULL;
 }
 
-static idx place_of(const int64_t *places, idx i)
+/* The same for scores, where only some heads and rows may be wanted; whether any is. */
+static int point_at_scores(mha_tile *t, idx batch)
 {
-    return places ? places[i] : i;
-}
-
-static int any_wanted(const mha_tile *t)
-{
+    const mha_problem *p = t->problem;
     int any = 0;
-    for (int lane = 0; lane < t->rows; lane++)
-        any |= t->scores_row[lane] != NULL;
+    for (int lane = 0; lane < t->lanes; lane++) {
+        const idx head = p->heads_of ? p->heads_of[t->head[lane]] : t->head[lane];
+        const idx row = p->rows_of ? p->rows_of[t->query[lane]] : t->query[lane];
+        const int wanted = lane < t->rows && head >= 0 && row >= 0;
+        char *base = p->scores.data + batch_offset(p, &p->scores, batch);
+        t->scores_row[lane] = wanted ? base + head * p->scores.head + row * p->scores.row : NULL;
+        any |= wanted;
+    }
     return any;
+}
+
+/* What the lanes may see by position, and the blocks that holds. */
+static void reach_all(mha_tile *t, idx offset, idx length, int vlen)
+{
+    idx begin = PTRDIFF_MAX, end = 0;
+    for (int lane = 0; lane < t->lanes; lane++)
+        span(t->problem, t->query[lane] + offset, length, &t->lo[lane], &t->hi[lane]);
+    for (int g = 0; g < t->vectors; g++) {
+        t->reach[g] = reach_of(t, g * vlen, (g + 1) * vlen);
+        begin = min(begin, t->reach[g].begin);
+        end = max(end, t->reach[g].end);
+    }
+    t->first_block = begin < end ? begin / MHA_KEY_BLOCK : 0;
+    t->last_block = begin < end ? (end + MHA_KEY_BLOCK - 1) / MHA_KEY_BLOCK : 0;
 }
 
 /* Task order: (batch, KV head) outside, so that neighbours in time share K and V in the cache;
  * inside, the last tile first, which sees the most keys when the mask is causal. */
 void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int vlen)
 {
-    idx tiles = tiles_per_head(p, lanes);
-    idx first = first_row(p, task, lanes), kv_head = task / tiles % p->kv_heads;
-    idx batch = task / tiles / p->kv_heads;
-    idx length = clamp(integer_of(p, &p->kv_lengths, batch, p->seqlen_k), 0, p->seqlen_k);
-    idx offset = integer_of(p, &p->q_offset, batch, length - p->seqlen_q);
-    const char *q = p->q.data + batch_offset(p, &p->q, batch);
-    char *out = p->out.data + batch_offset(p, &p->out, batch);
-    char *lse = p->lse.data ? p->lse.data + batch_offset(p, &p->lse, batch) : NULL;
-    char *scores = p->scores.data ? p->scores.data + batch_offset(p, &p->scores, batch) : NULL;
-    char *sums = p->sums.data ? p->sums.data + batch_offset(p, &p->sums, batch) : NULL;
-    const char *term[MHA_MAX_TERMS];
-
-    for (int n = 0; n < p->num_terms; n++)
-        term[n] = p->terms[n].data + batch_offset(p, &p->terms[n], batch);
+    const idx tiles = tiles_per_head(p, lanes), first = first_row(p, task, lanes);
+    const idx kv_head = task / tiles % p->kv_heads, batch = task / tiles / p->kv_heads;
+    const idx length = clamp(integer_of(p, &p->kv_lengths, batch, p->seqlen_k), 0, p->seqlen_k);
     t->problem = p;
     t->next_task = -1;
     t->num_ahead = 0;
@@ -121,31 +131,26 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     t->v = p->v.data + batch_offset(p, &p->v, batch) + kv_head * p->v.head;
     t->rows = mha_tile_rows(p, task, lanes);
     t->vectors = (t->rows + vlen - 1) / vlen;
+    t->lanes = t->vectors * vlen;
 
-    idx i = first / p->group_size, in_group = first % p->group_size;
-    for (int lane = 0; lane < t->vectors * vlen; lane++) {
-        const idx head = kv_head * p->group_size + in_group;
-        t->q_row[lane] = q + head * p->q.head + i * p->q.row;
-        t->out_row[lane] = out + head * p->out.head + i * p->out.row;
-        t->lse_row[lane] = row_of(lse, &p->lse, head, i);
-        t->sums_row[lane] = row_of(sums, &p->sums, head, i);
-        t->scores_row[lane] =
-            row_of(scores, &p->scores, place_of(p->heads_of, head), place_of(p->rows_of, i));
-        for (int n = 0; n < p->num_terms; n++)
-            t->term_row[n][lane] = term[n] + head * p->terms[n].head + i * p->terms[n].row;
-        span(p, i + offset, length, &t->lo[lane], &t->hi[lane]);
+    idx query = first / p->group_size, in_group = first % p->group_size;
+    for (int lane = 0; lane < t->lanes; lane++) {
+        t->head[lane] = kv_head * p->group_size + in_group;
+        t->query[lane] = query;
         /* Lanes past the last row repeat it, so they never make a block look partly hidden. */
         if (lane < t->rows - 1 && ++in_group == p->group_size) {
             in_group = 0;
-            i++;
+            query++;
         }
     }
-    for (int g = 0; g < t->vectors; g++)
-        t->reach[g] = reach_of(t, g * vlen, (g + 1) * vlen);
-    const mha_reach all = reach_of(t, 0, t->rows);
-    t->first_block = all.begin < all.end ? all.begin / MHA_KEY_BLOCK : 0;
-    t->last_block = all.begin < all.end ? (all.end + MHA_KEY_BLOCK - 1) / MHA_KEY_BLOCK : 0;
-    if (scores && !any_wanted(t))
+    point_at_rows(t, &p->q, batch, t->q_row);
+    point_at_rows(t, &p->out, batch, t->out_row);
+    point_at_rows(t, &p->lse, batch, t->lse_row);
+    point_at_rows(t, &p->sums, batch, t->sums_row);
+    for (int n = 0; n < p->num_terms; n++)
+        point_at_rows(t, &p->terms[n], batch, t->term_row[n]);
+    reach_all(t, integer_of(p, &p->q_offset, batch, length - p->seqlen_q), length, vlen);
+    if (p->scores.data && !point_at_scores(t, batch))
         t->last_block = t->first_block;
 }
 

@@ -33,7 +33,7 @@ static ALWAYS_INLINE void FN(write_chunk)(const REAL *s, const REAL *m, const RE
 static REAL *FN(target)(const mha_tile *t, int lane, int begin, int strip)
 {
     const mha_array *a = &t->problem->scores;
-    char *row = lane < t->rows ? t->scores_row[lane] : NULL;
+    char *row = t->scores_row[lane];
     if (!row)
         return NULL;
     return a->dtype == DTYPE ? (REAL *)row + t->key0 + begin : (REAL *)t->strip + strip;

@@ -2,7 +2,7 @@
  *
  *   vec                     VLEN numbers
  *   v_load v_store          unaligned
- *   v_load_n v_store_n      the first n of VLEN, 0 <= n < VLEN; loads fill up with zeros
+ *   v_load_n v_store_n      the first n of VLEN, n <= VLEN; loads fill up with zeros
  *   v_load_f16 v_load_bf16  VLEN numbers stored in 16 bits, exactly
  *   v_set1                  the same number in every lane
  *   v_add v_sub v_mul v_div
