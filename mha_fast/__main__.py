@@ -1,9 +1,10 @@
-"""``python -m mha_fast info | doctor``."""
+"""``python -m mha_fast info | doctor | view``."""
 
 import argparse
 
 from .config import show_config
 from .doctor import doctor
+from .view import add_command
 
 
 def main():
@@ -16,7 +17,10 @@ def main():
     commands.add_parser(
         "doctor", help="do NumPy's threads and ours get along here, and what to do"
     ).set_defaults(run=doctor)
-    parser.parse_args().run()
+    add_command(commands)
+    arguments = vars(parser.parse_args())
+    del arguments["command"]
+    arguments.pop("run")(**arguments)
 
 
 if __name__ == "__main__":
