@@ -14,7 +14,7 @@ from importlib import import_module
 import numpy as np
 
 from . import _pictures
-from .arguments import FLOATS, _array, is_float
+from .arguments import _array, _floats, _places, compute_dtype
 
 THRESHOLD = 0.05
 MOST_LINES = 2000  # a page with more is slow to draw and shows nothing
@@ -53,7 +53,8 @@ def head_view(
     heads : int or sequence of int, optional
         Heads to draw, the first in red, blue, green, violet; default all.
     rows : int or sequence of int, optional
-        Query words to draw lines from; default all.
+        Query words to draw lines from, so ``rows=tokens.index("making")`` isolates one word;
+        default all.
     names : sequence of str, length heads, optional
         What the legend calls the heads; default ``"head 0"``, ``"head 1"``, and
         so on, and nothing for a single head.
@@ -89,7 +90,7 @@ def head_view(
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     ['head 0 (red)', 'head 1 (blue)']
     """
-    weights = _weights("weights", weights, "(heads, seqlen_q, seqlen_k)")
+    weights = _weights("weights", weights, "heads", "seqlen_q", "seqlen_k")
     tokens, key_tokens = _words(tokens, key_tokens, weights.shape)
     names = _names(names, weights.shape[0])
     heads = _chosen("heads", heads, weights.shape[0])
@@ -141,7 +142,7 @@ def heatmap(
     >>> figure.axes[0].images[0].get_array().shape
     (2, 2)
     """
-    weights = _weights("weights", weights, "(heads, seqlen_q, seqlen_k)")
+    weights = _weights("weights", weights, "heads", "seqlen_q", "seqlen_k")
     tokens, key_tokens = _words(tokens, key_tokens, weights.shape)
     names = _names(names, weights.shape[0])
     heads = _chosen("heads", heads, weights.shape[0])
@@ -196,8 +197,9 @@ def model_view(
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
     ['layer 0', 'layer 1', 'layer 2']
     """
-    name = "weights_per_layer"
-    weights = _weights(name, weights_per_layer, "(layers, heads, seqlen_q, seqlen_k)")
+    weights = _weights(
+        "weights_per_layer", weights_per_layer, "layers", "heads", "seqlen_q", "seqlen_k"
+    )
     if tokens is None:
         tokens = [str(i) for i in range(weights.shape[-2])]
         if key_tokens is None:
@@ -223,21 +225,18 @@ def _drawer(backend):
         ) from error
 
 
-def _weights(name, weights, axes):
-    """`weights` as float32 or float64 of the rank that `axes` names, checked to be weights."""
-    weights = _array(name, weights)
-    if not is_float(weights.dtype):
-        raise TypeError(f"{name} has dtype {weights.dtype}, expected {FLOATS}")
-    rank = axes.count(",") + 1
-    if rank == 3 and weights.ndim == 2:
+def _weights(name, weights, *axes):
+    """`weights` with these axes, checked to be weights; heads may be left out for one head."""
+    weights = _floats(name, weights, axes[-2:])
+    if axes[0] == "heads" and weights.ndim == 2:
         weights = weights[None]
-    if weights.ndim != rank or not weights.size:
-        raise ValueError(f"{name} has shape {weights.shape}, expected {axes}, each at least 1")
+    if weights.ndim != len(axes) or not weights.size:
+        expected = f"({', '.join(axes)}), each at least 1"
+        raise ValueError(f"{name} has shape {weights.shape}, expected {expected}")
     low, high = float(weights.min()), float(weights.max())
     if not (low >= 0 and high <= MOST):
         raise ValueError(f"{name} holds {low:.4g} to {high:.4g}, expected 0 to 1")
-    wide = np.float64 if weights.dtype == np.float64 else np.float32
-    return np.minimum(weights.astype(wide), 1)
+    return np.minimum(weights.astype(compute_dtype(weights)), 1)
 
 
 def _words(tokens, key_tokens, shape):
@@ -281,22 +280,14 @@ def _printable(text):
 
 
 def _chosen(name, chosen, count):
-    """Indices as a list; None is all of them."""
+    """Indices in the order given; None is all of them."""
     if chosen is None:
         return list(range(count))
-    if isinstance(chosen, numbers.Integral):
-        chosen = [chosen]
-    if isinstance(chosen, str) or not np.iterable(chosen):
-        raise TypeError(f"{name} is {chosen!r}, expected an int or a sequence of int")
-    chosen = list(chosen)
-    for index in chosen:
-        if not isinstance(index, numbers.Integral) or isinstance(index, (bool, np.bool_)):
-            raise TypeError(f"{name} holds {index!r}, expected int")
-        if not 0 <= index < count:
-            raise ValueError(f"{name} holds {index}, expected 0 to {count - 1}")
-    if len(set(chosen)) < len(chosen) or not chosen:
-        raise ValueError(f"{name} is {chosen}, expected at least one index and none twice")
-    return [int(index) for index in chosen]
+    places = _places(name, np.atleast_1d(_array(name, chosen)), count)
+    chosen = np.argsort(places)[np.count_nonzero(places < 0) :].tolist()
+    if not chosen:
+        raise ValueError(f"{name} is empty, expected at least one of 0 to {count - 1}")
+    return chosen
 
 
 def _threshold(threshold, weights):

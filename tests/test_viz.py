@@ -81,8 +81,10 @@ def test_head_view_draws_every_weight_from_the_threshold_on(backend):
 
 def test_head_view_of_some_heads_and_rows_draws_these_alone(backend):
     weights = some_weights(6)
-    figure = viz.head_view(weights, WORDS, heads=[5, 2], rows=1, backend=backend)
-    assert lines_in(figure) == lines_expected(weights, heads=[5, 2], rows=[1])
+    expected = lines_expected(weights, heads=[5, 2], rows=[1])
+    for heads, rows in (([5, 2], 1), (np.array([-1, 2]), [-4])):
+        figure = viz.head_view(weights, WORDS, heads=heads, rows=rows, backend=backend)
+        assert lines_in(figure) == expected
 
 
 def test_head_view_takes_two_dimensions_and_other_keys(backend):
@@ -336,7 +338,7 @@ STRANGE = ["$x_$", "a\nb", "</script>", "\ud800", ""]
 
 def test_strange_words_are_drawn_as_they_are(backend, tmp_path):
     for figure in (
-        viz.head_view(some_weights(1), STRANGE, names=["$x$"], title="$", backend=backend),
+        viz.head_view(some_weights(1), STRANGE, names=["$x_$"], title="$", backend=backend),
         viz.heatmap(some_weights(1), STRANGE, title="$_$", names=["$$"], backend=backend),
     ):
         if backend == "matplotlib":
