@@ -1,6 +1,6 @@
 """Exact multi-head attention for NumPy arrays on CPUs."""
 
-from . import reference
+from . import heads, reference
 from .attention import AttentionResult, attention
 from .config import show_config
 from .projection import linear
@@ -12,6 +12,7 @@ __all__ = [
     "AttentionResult",
     "attention",
     "get_num_threads",
+    "heads",
     "linear",
     "reference",
     "set_num_threads",
