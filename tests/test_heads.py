@@ -74,6 +74,15 @@ def test_uniform_causal_head_is_even_but_for_the_row_with_no_choice():
     assert_close(heads.first_token_share(uniform_causal(n)), (1 / np.arange(1, n + 1)).mean(), n)
 
 
+def test_entropy_and_similarity_stay_between_zero_and_one():
+    even = [heads.normalised_entropy(np.full((1, n), 1 / n)) for n in range(1, 200)]
+    assert max(even) == 1
+    weights = random_weights(1, 40, 1000)
+    nearly = weights * (1 + np.finfo(np.float64).eps * sizes.random_mask(*weights.shape))
+    pairs = np.stack([weights[0], nearly[0]], axis=1)[..., None, :]
+    assert heads.similarity(pairs).max() == 1
+
+
 def by_definition(p, first_position):
     """All five numbers of one head, in plain loops over rows and keys."""
     numbers, previous = [], []
