@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import FARTHEST, FLOATS, _array, _check_broadcast, _integers, is_float
+from .arguments import FARTHEST, _array, _check_broadcast, _floats, _integers
 
 
 def normalised_entropy(weights, *, rows=None):
@@ -184,11 +184,7 @@ def similarity(weights, *, rows=None):
            [0., 1., 0.],
            [1., 0., 1.]])
     """
-    weights, rows = _checked(weights, rows)
-    if weights.ndim < 3:
-        raise ValueError(
-            f"weights has shape {weights.shape}, expected (..., heads, seqlen_q, seqlen_k)"
-        )
+    weights, rows = _checked(weights, rows, ("heads", "seqlen_q", "seqlen_k"))
     result = np.empty((*weights.shape[:-2], weights.shape[-3]))
     for entry in np.ndindex(weights.shape[:-3]):
         result[entry] = _similarity(weights[entry], rows[entry])
@@ -309,13 +305,9 @@ def pruning_curve(loss, heads, *, steps=None):
     return PruningCurve(removed, np.array(losses))
 
 
-def _checked(weights, rows):
+def _checked(weights, rows, least=("seqlen_q", "seqlen_k")):
     """`weights` as a float array, and which rows count as bool (..., heads, seqlen_q)."""
-    weights = _array("weights", weights)
-    if not is_float(weights.dtype):
-        raise TypeError(f"weights has dtype {weights.dtype}, expected {FLOATS}")
-    if weights.ndim < 2:
-        raise ValueError(f"weights has shape {weights.shape}, expected at least two axes")
+    weights = _floats("weights", weights, least)
     rows = np.True_ if rows is None else _array("rows", rows)
     if rows.dtype != np.bool_:
         raise TypeError(f"rows has dtype {rows.dtype}, expected bool (True = the row counts)")
