@@ -19,13 +19,11 @@ def plain_arguments(
     window, return_weights, weights_heads, weights_rows,
 ):  # fmt: skip
     """The arguments of `_core.forward`, in its order; raises TypeError or ValueError."""
-    q, k, v = (_floats(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (floats(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     batch, heads = _batch_and_heads(q, k, v)
     rows = (*batch, *heads, q.shape[-2])
     mask = _term("mask", mask, (*rows, k.shape[-2]))
     bias = _term("bias", bias, (*rows, k.shape[-2]))
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal is {causal!r}, expected True or False")
     q_offset = _integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST)
     kv_lengths = _integers("kv_lengths", kv_lengths, batch, 0, k.shape[-2])
     if out is not None:
@@ -37,8 +35,9 @@ def plain_arguments(
     if weights_heads is not None and not heads:
         raise ValueError("weights_heads needs a heads axis, found two-dimensional q, k and v")
     return (
-        q, k, v, mask, bias, bool(causal), _scale(scale), thread_count("threads", threads),
-        bool(return_lse), out, q_offset, kv_lengths, _window(window), bool(return_weights),
+        q, k, v, mask, bias, boolean("causal", causal), _scale(scale),
+        thread_count("threads", threads), bool(return_lse), out, q_offset, kv_lengths,
+        _window(window), bool(return_weights),
         _places("weights_heads", weights_heads, *heads),
         _places("weights_rows", weights_rows, q.shape[-2]),
     )  # fmt: skip
@@ -46,14 +45,14 @@ def plain_arguments(
 
 def plain_linear(x, weight, bias, threads):
     """The arguments of `linear`, checked: x (..., width), weight (outputs, width), bias dense."""
-    x = _floats("x", x, ("width",))
-    weight = _floats("weight", weight, ("outputs", "width"))
+    x = floats("x", x, ("width",))
+    weight = floats("weight", weight, ("outputs", "width"))
     if weight.ndim > 2:
         raise ValueError(f"weight has shape {weight.shape}, expected (outputs, width)")
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight has width {weight.shape[1]}, expected {x.shape[-1]} as in x")
     if bias is not None:
-        bias = _floats("bias", bias, ("outputs",))
+        bias = floats("bias", bias, ("outputs",))
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias has shape {bias.shape}, expected {weight.shape[:1]}")
         bias = np.ascontiguousarray(bias, compute_dtype(x, weight))
@@ -74,13 +73,15 @@ def compute_dtype(*arrays):
 
 def is_float(dtype):
     """Is it one of the storage dtypes? Shows the extension which number bfloat16 has."""
-    if dtype.name == "bfloat16":
+    if dtype.kind == "f":
+        return dtype.itemsize <= 8
+    if dtype.name == "bfloat16":  # after the others: NumPy takes 4 us to spell a name
         _core.set_bfloat16(dtype.num)
         return True
-    return dtype.kind == "f" and dtype.itemsize <= 8
+    return False
 
 
-def _array(name, x):
+def plain_array(name, x):
     """`x` as an exact, native ndarray; no copy unless it is a list or byte-swapped."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: pass {name}.data and a mask= of your own")
@@ -95,8 +96,9 @@ def _array(name, x):
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def _floats(name, x, least=("seqlen", "head_dim")):
-    x = _array(name, x)
+def floats(name, x, least=("seqlen", "head_dim")):
+    """`x` as a plain array of a storage dtype with at least these axes."""
+    x = plain_array(name, x)
     if not is_float(x.dtype):
         raise TypeError(f"{name} has dtype {x.dtype}, expected {FLOATS}: {name}.astype(np.float32)")
     if x.ndim < len(least):
@@ -140,7 +142,7 @@ def _term(name, term, target):
     """A mask or a bias."""
     if term is None:
         return None
-    term = _array(name, term)
+    term = plain_array(name, term)
     kinds = f"bool (True = attend) or {FLOATS} (added to the scores)"
     if name == "bias":
         kinds = f"{FLOATS}; a bool array is a mask="
@@ -203,15 +205,27 @@ def _scale(scale):
     return value
 
 
+def boolean(name, x):
+    """`x` as a bool, if it is one."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name} is {x!r}, expected True or False")
+    return bool(x)
+
+
+def positive_int(name, x, expected="a positive int"):
+    """`x` as an int of at least 1."""
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} is {x!r}, expected {expected}")
+    if x < 1:
+        raise ValueError(f"{name} is {x}, expected at least 1")
+    return int(x)
+
+
 def thread_count(name, count):
     """A positive int, or None."""
     if count is None:
         return None
-    if not isinstance(count, numbers.Integral) or isinstance(count, bool):
-        raise TypeError(f"{name} is {count!r}, expected a positive int or None")
-    if count < 1:
-        raise ValueError(f"{name} is {count}, expected at least 1")
-    return min(int(count), 2**20)
+    return min(positive_int(name, count, "a positive int or None"), 2**20)
 
 
 def _window(window):
