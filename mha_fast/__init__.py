@@ -3,6 +3,7 @@
 from . import heads, reference
 from .attention import AttentionResult, attention
 from .config import show_config
+from .layer import MultiHeadAttention
 from .projection import linear
 from .threads import get_num_threads, set_num_threads
 
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionResult",
+    "MultiHeadAttention",
     "attention",
     "get_num_threads",
     "heads",
