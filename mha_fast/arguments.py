@@ -24,8 +24,8 @@ def plain_arguments(
     rows = (*batch, *heads, q.shape[-2])
     mask = _term("mask", mask, (*rows, k.shape[-2]))
     bias = _term("bias", bias, (*rows, k.shape[-2]))
-    q_offset = _integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST)
-    kv_lengths = _integers("kv_lengths", kv_lengths, batch, 0, k.shape[-2])
+    q_offset = integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST)
+    kv_lengths = integers("kv_lengths", kv_lengths, batch, 0, k.shape[-2])
     if out is not None:
         inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
         out = _out(out, (*rows, v.shape[-1]), result_dtype(q, k, v), inputs)
@@ -38,8 +38,8 @@ def plain_arguments(
         q, k, v, mask, bias, boolean("causal", causal), _scale(scale),
         thread_count("threads", threads), bool(return_lse), out, q_offset, kv_lengths,
         _window(window), bool(return_weights),
-        _places("weights_heads", weights_heads, *heads),
-        _places("weights_rows", weights_rows, q.shape[-2]),
+        places_of("weights_heads", weights_heads, *heads),
+        places_of("weights_rows", weights_rows, q.shape[-2]),
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def _batch_and_heads(q, k, v):
     return batch, (heads,) if max(q.ndim, k.ndim, v.ndim) > 2 else ()
 
 
-def _check_broadcast(name, shape, target, axes):
+def check_broadcast(name, shape, target, axes):
     try:
         fits = np.broadcast_shapes(shape, target) == target
     except ValueError:
@@ -152,24 +152,24 @@ def _term(name, term, target):
             f"or {name}.astype(np.float32)"
         )
     axes = "(..., heads, seqlen_q, seqlen_k)" if len(target) > 2 else "(seqlen_q, seqlen_k)"
-    _check_broadcast(name, term.shape, target, axes)
+    check_broadcast(name, term.shape, target, axes)
     return term
 
 
-def _integers(name, x, batch, low, high):
+def integers(name, x, batch, low, high):
     """An int or ints per batch row, as int64."""
     if x is None:
         return None
     x = np.asarray(x)
     if x.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {x.dtype}, expected integers")
-    _check_broadcast(name, x.shape, batch, "the batch axes")
+    check_broadcast(name, x.shape, batch, "the batch axes")
     if x.size and not (low <= int(x.min()) and int(x.max()) <= high):
         raise ValueError(f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}")
     return x.astype(np.int64)
 
 
-def _places(name, chosen, length=1):
+def places_of(name, chosen, length=1):
     """Where each of `length` entries goes in a result of the chosen ones, -1: nowhere."""
     if chosen is None:
         return None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import FARTHEST, _array, _check_broadcast, _floats, _integers
+from .arguments import FARTHEST, check_broadcast, floats, integers, plain_array
 
 
 def normalised_entropy(weights, *, rows=None):
@@ -307,12 +307,12 @@ def pruning_curve(loss, heads, *, steps=None):
 
 def _checked(weights, rows, least=("seqlen_q", "seqlen_k")):
     """`weights` as a float array, and which rows count as bool (..., heads, seqlen_q)."""
-    weights = _floats("weights", weights, least)
-    rows = np.True_ if rows is None else _array("rows", rows)
+    weights = floats("weights", weights, least)
+    rows = np.True_ if rows is None else plain_array("rows", rows)
     if rows.dtype != np.bool_:
         raise TypeError(f"rows has dtype {rows.dtype}, expected bool (True = the row counts)")
     target = (*weights.shape[:-3], weights.shape[-2])
-    _check_broadcast("rows", rows.shape, target, "(..., seqlen_q)")
+    check_broadcast("rows", rows.shape, target, "(..., seqlen_q)")
     rows = np.broadcast_to(rows, target)
     if weights.ndim > 2:
         rows = rows[..., None, :]
@@ -325,7 +325,7 @@ def _mean_over_rows(statistic, weights, rows, q_offset=None):
     batch, (seqlen_q, seqlen_k) = weights.shape[:-3], weights.shape[-2:]
     if q_offset is None:
         q_offset = seqlen_k - seqlen_q
-    offset = np.broadcast_to(_integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST), batch)
+    offset = np.broadcast_to(integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST), batch)
     result = np.full(weights.shape[:-2], np.nan)
     for head in np.ndindex(result.shape):
         counted = np.flatnonzero(rows[head] & _sees(weights[head]))

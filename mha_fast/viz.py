@@ -14,7 +14,7 @@ from importlib import import_module
 import numpy as np
 
 from . import _pictures
-from .arguments import _array, _floats, _places, compute_dtype
+from .arguments import compute_dtype, floats, places_of, plain_array
 
 THRESHOLD = 0.05
 MOST_LINES = 2000  # a page with more is slow to draw and shows nothing
@@ -227,7 +227,7 @@ def _drawer(backend):
 
 def _weights(name, weights, *axes):
     """`weights` with these axes, checked to be weights; heads may be left out for one head."""
-    weights = _floats(name, weights, axes[-2:])
+    weights = floats(name, weights, axes[-2:])
     if axes[0] == "heads" and weights.ndim == 2:
         weights = weights[None]
     if weights.ndim != len(axes) or not weights.size:
@@ -283,7 +283,7 @@ def _chosen(name, chosen, count):
     """Indices in the order given; None is all of them."""
     if chosen is None:
         return list(range(count))
-    places = _places(name, np.atleast_1d(_array(name, chosen)), count)
+    places = places_of(name, np.atleast_1d(plain_array(name, chosen)), count)
     chosen = np.argsort(places)[np.count_nonzero(places < 0) :].tolist()
     if not chosen:
         raise ValueError(f"{name} is empty, expected at least one of 0 to {count - 1}")
