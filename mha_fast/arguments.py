@@ -83,6 +83,8 @@ def is_float(dtype):
 
 def plain_array(name, x):
     """`x` as an exact, native ndarray; no copy unless it is a list or byte-swapped."""
+    if type(x) is np.ndarray and x.dtype.isnative:
+        return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: pass {name}.data and a mask= of your own")
     if hasattr(x, "toarray"):

@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 
-from .arguments import compute_dtype, floats
-from .attention import WeightsResult, attention
+from ._core import forward
+from .arguments import compute_dtype, floats, thread_count
+from .attention import WeightsResult
 from .layer_arguments import plain_tokens, score_terms
 from .layer_weights import (
     PACKED,
@@ -164,6 +165,7 @@ class MultiHeadAttention:
         TypeError, ValueError
             An argument has another dtype or shape.
         """
+        threads = thread_count("threads", threads)
         query, key, value = plain_tokens(query, key, value, self._sizes, self.dtype)
         extra_keys = self.add_bias_kv + self.add_zero_attn
         mask, bias = score_terms(
@@ -172,23 +174,16 @@ class MultiHeadAttention:
         )  # fmt: skip
         q, k, v = self._project(query, key, value, threads)
         heads = np.empty((*query.shape[:-1], self.num_heads, self.head_dim), self.dtype)
-        result = attention(
-            q,
-            k,
-            v,
-            mask,
-            bias=bias,
-            causal=False if extra_keys else causal,
+        _, _, weights = forward(
+            q, k, v, mask, bias, causal and not extra_keys, None, threads,
             out=heads.swapaxes(-2, -3),  # so the output projection reads contiguous rows
             return_weights=need_weights,
-            threads=threads,
-        )
+        )  # fmt: skip
         heads = heads.reshape(*query.shape[:-1], self.num_heads * self.head_dim)
         out_bias = self.weights.get("out_proj.bias")
         out = linear(heads, self.weights["out_proj.weight"], out_bias, threads=threads)
         if not need_weights:
             return out
-        weights = result.weights
         return WeightsResult(out, weights.mean(axis=-3) if average_weights else weights)
 
     def __repr__(self):
