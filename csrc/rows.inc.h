@@ -44,32 +44,6 @@ static int FN(in_place)(const char *data, idx row, idx col, int dtype)
     return dtype == DTYPE && (uintptr_t)data % size == 0 && row % size == 0 && col % size == 0;
 }
 
-/* What a reader of K or V can do: take single numbers, so that any strides are fine; take vectors;
- * take vectors and widen 16-bit floats on the way. */
-enum { FN(BY_NUMBER), FN(BY_VECTOR), FN(BY_VECTOR_WIDENED) };
-
-/* The block's rows, of `cols` columns, of an array: in place where the reader can read them, else a
- * copy of those that are visible. */
-static mha_rows FN(block_rows)(const mha_tile *t, const mha_array *a, const char *head, idx cols,
-                               void *copy, int reader)
-{
-    const char *block = head + t->key0 * a->row;
-    const int half = a->dtype == MHA_F16 || a->dtype == MHA_BF16;
-    const idx size = half ? 2 : sizeof(REAL);
-    const int readable = half ? reader == FN(BY_VECTOR_WIDENED) && a->row % 2 == 0
-                              : FN(in_place)(block, a->row, a->col, a->dtype);
-    if (readable && (reader == FN(BY_NUMBER) || a->col == size))
-        return (mha_rows){block, a->row / size, a->col / size, a->dtype};
-    int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
-    for (int j = begin; j < end; j++) {
-        const char *ahead = block + (j + 32) * a->row;
-        for (idx at = 0; a->col <= MHA_DENSE && at < cols * a->col; at += 64)
-            PREFETCH(ahead + at);
-        FN(read_row)((REAL *)copy + j * cols, block + j * a->row, a->col, cols, a->dtype);
-    }
-    return (mha_rows){copy, cols, 1, DTYPE};
-}
-
 /* A vector of numbers stored in the compute dtype or in 16 bits. */
 static ALWAYS_INLINE vec FN(load_as)(const char *p, int dtype)
 {
@@ -95,6 +69,60 @@ static ALWAYS_INLINE vec FN(load_up_to)(const char *p, int n, int dtype)
 static ALWAYS_INLINE idx FN(size_of)(int dtype)
 {
     return dtype == DTYPE ? sizeof(REAL) : 2;
+}
+
+/* The same where neighbours of a column lie side by side, as in a view of a transposed array: by
+ * vectors of keys, transposed on the way. Rows of memory are long; asks for them one block ahead.
+ */
+static void FN(copy_columns)(REAL *copy, const char *block, const mha_array *a, idx cols, int begin,
+                             int end)
+{
+    const idx size = FN(size_of)(a->dtype);
+    for (int j = begin; j < end; j += VLEN)
+        for (idx d = 0; d < cols; d += VLEN) {
+            const int keys = end - j < VLEN ? end - j : VLEN;
+            const int dims = cols - d < VLEN ? (int)(cols - d) : VLEN;
+            vec v[VLEN];
+            for (int i = 0; i < VLEN; i++) {
+                const char *src = block + (d + (i < dims ? i : 0)) * a->col + j * size;
+                v[i] = FN(load_up_to)(src, keys, a->dtype);
+                PREFETCH(src + MHA_KEY_BLOCK * size);
+            }
+            v_transpose(v);
+            for (int i = 0; i < keys; i++)
+                v_store_n(copy + (j + i) * cols + d, v[i], dims);
+        }
+}
+
+/* What a reader of K or V can do: take single numbers, so that any strides are fine; take vectors;
+ * take vectors and widen 16-bit floats on the way. */
+enum { FN(BY_NUMBER), FN(BY_VECTOR), FN(BY_VECTOR_WIDENED) };
+
+/* The block's rows, of `cols` columns, of an array: in place where the reader can read them, else a
+ * copy of those that are visible. */
+static mha_rows FN(block_rows)(const mha_tile *t, const mha_array *a, const char *head, idx cols,
+                               void *copy, int reader)
+{
+    const char *block = head + t->key0 * a->row;
+    const int half = a->dtype == MHA_F16 || a->dtype == MHA_BF16;
+    const idx size = half ? 2 : sizeof(REAL);
+    const int readable = half ? reader == FN(BY_VECTOR_WIDENED) && a->row % 2 == 0
+                              : FN(in_place)(block, a->row, a->col, a->dtype);
+    if (readable && (reader == FN(BY_NUMBER) || a->col == size))
+        return (mha_rows){block, a->row / size, a->col / size, a->dtype};
+    const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
+    const mha_rows rows = {copy, cols, 1, DTYPE};
+    if (a->row == size && a->dtype != MHA_BOOL && (half || a->dtype == DTYPE)) {
+        FN(copy_columns)(copy, block, a, cols, begin, end);
+        return rows;
+    }
+    for (int j = begin; j < end; j++) {
+        const char *ahead = block + (j + 32) * a->row;
+        for (idx at = 0; a->col <= MHA_DENSE && at < cols * a->col; at += 64)
+            PREFETCH(ahead + at);
+        FN(read_row)((REAL *)copy + j * cols, block + j * a->row, a->col, cols, a->dtype);
+    }
+    return rows;
 }
 
 /* VLEN rows of `n` numbers from column d on, transposed into VLEN rows of `lanes` (times `scale`,
