@@ -38,26 +38,37 @@ static int FN(trim_to_shared)(mha_tile *t, int n)
     return mha_tile_trim(t, begin + first, begin + last);
 }
 
+/* What a row of term n does to the keys that its vector sees. */
+static int FN(row_effect)(const mha_tile *t, int n, int lane)
+{
+    const mha_array *term = &t->problem->terms[n];
+    const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
+    if (term->dtype == MHA_BOOL && term->col == 1) { /* whole words at a time */
+        const char *flag = t->term_row[n][lane] + t->key0 + t->begin[g];
+        const int same = memcmp(flag, flag + 1, (size_t)keys - 1) == 0;
+        return !same ? TERM_MIXED : *flag ? TERM_ADDS_NOTHING : TERM_HIDES_ALL;
+    }
+    const REAL *row = FN(term_row)(t, n, lane, t->strip);
+    int zero = 0, hide = 0;
+    for (int j = 0; j < keys; j++) {
+        zero += row[j] == 0;
+        hide += row[j] == -(REAL)INFINITY;
+    }
+    return zero == keys ? TERM_ADDS_NOTHING : hide == keys ? TERM_HIDES_ALL : TERM_MIXED;
+}
+
 /* Look before it costs anything: a block that a term hides whole is skipped, and a term that adds
  * nothing takes no mask code. Stops at the first contradiction. */
 static int FN(term_effect)(const mha_tile *t, int n)
 {
     int effect = TERM_UNKNOWN;
     for (int lane = 0; lane < t->rows && effect != TERM_MIXED; lane++) {
-        const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
+        const int g = lane / VLEN, seen = t->begin[g] < t->end[g];
         const int new_row = lane % VLEN == 0 || t->term_row[n][lane] != t->term_row[n][lane - 1];
-        int zero = 0, hide = 0;
-        if (keys == 0 || !new_row)
-            continue;
-        const REAL *row = FN(term_row)(t, n, lane, t->strip);
-        for (int j = 0; j < keys; j++) {
-            zero += row[j] == 0;
-            hide += row[j] == -(REAL)INFINITY;
+        if (seen && new_row) {
+            const int now = FN(row_effect)(t, n, lane);
+            effect = effect == TERM_UNKNOWN || effect == now ? now : TERM_MIXED;
         }
-        const int now = zero == keys   ? TERM_ADDS_NOTHING
-                        : hide == keys ? TERM_HIDES_ALL
-                                       : TERM_MIXED;
-        effect = effect == TERM_UNKNOWN || effect == now ? now : TERM_MIXED;
     }
     return effect;
 }
