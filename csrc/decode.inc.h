@@ -34,17 +34,24 @@
             f(__VA_ARGS__, DTYPE);                                                                 \
     } while (0)
 
-/* Ask for columns [d, d + n) of VLEN rows that come later, from row j on; what lies past the array
- * is asked for in vain. K is read VLEN rows at once and V in strips of a few lines, which no
- * hardware prefetcher follows; asking piece by piece, as the pieces before are used, keeps the
- * memory evenly busy. */
-static ALWAYS_INLINE void FN(prefetch_rows)(const mha_rows *x, int j, idx d, idx n, int dtype)
+/* Ask for bytes [at, end) of VLEN rows that come later; what lies past the array is asked for in
+ * vain. K is read VLEN rows at once and V in strips of a few lines, which no hardware prefetcher
+ * follows; asking piece by piece, as the pieces before are used, keeps the memory evenly busy. */
+static ALWAYS_INLINE void FN(prefetch_rows)(const char *row, idx stride, idx at, idx end)
 {
-    const idx size = FN(size_of)(dtype), stride = x->row * size;
-    const char *row = (const char *)x->data + j * stride;
-    for (idx at = (d * size + 63) / 64 * 64; at < (d + n) * size; at += 64)
-        for (int i = 0; i < VLEN; i++)
-            PREFETCH(row + i * stride + at);
+    for (at = (at + 63) / 64 * 64; at < end; at += 64) {
+        const char *line = row + at;
+        for (int i = 0; i < VLEN; i++, line += stride)
+            PREFETCH(line);
+    }
+}
+
+/* One row and few head dims pass over the values once, faster than memory brings them: they are
+ * asked for while scores are computed. Else they go in runs of keys that stay in L1, each asked for
+ * during the run before it. */
+static int FN(values_pass_once)(const mha_tile *t)
+{
+    return t->rows == 1 && t->problem->head_dim_v <= DECODE_NV(1) * VLEN;
 }
 
 /* Add head dims d to d + n - 1 to the scores of VLEN keys from `key` on; v[c] holds dim d + c of
@@ -72,11 +79,12 @@ static ALWAYS_INLINE void FN(decode_score_rows)(const mha_tile *t, const vec *v,
 static ALWAYS_INLINE void FN(decode_score_panel)(mha_tile *t, int j, int keys, int dtype)
 {
     const idx dim = t->problem->head_dim, dim_v = t->problem->head_dim_v;
-    const idx size = FN(size_of)(dtype);
-    const mha_rows *k = &t->k_block;
-    const char *key[PANEL];
+    const idx size = FN(size_of)(dtype), size_v = FN(size_of)(t->v_block.dtype);
+    const idx stride = t->k_block.row * size, stride_v = t->v_block.row * size_v;
+    const char *value = (const char *)t->v_block.data + j * stride_v, *key[PANEL];
+    const int once = FN(values_pass_once)(t);
     for (int i = 0; i < PANEL; i++)
-        key[i] = (const char *)k->data + (j + (i < keys ? i : keys - 1)) * k->row * size;
+        key[i] = (const char *)t->k_block.data + (j + (i < keys ? i : keys - 1)) * stride;
     for (int row = 0; row < t->rows; row++)
         for (int i = 0; i < keys; i += VLEN)
             v_store((REAL *)t->s + row * SCORE_ROW + j + i, v_set1(0));
@@ -87,23 +95,38 @@ static ALWAYS_INLINE void FN(decode_score_panel)(mha_tile *t, int j, int keys, i
             if (t->num_ahead > 0)
                 FN(fetch_ahead)(t);
             else
-                FN(prefetch_rows)(k, j + i + PANEL, d, n, dtype);
-            FN(prefetch_rows)(&t->v_block, j + i, d, d + VLEN < dim ? n : dim_v - d,
-                              t->v_block.dtype);
-            EACH (c, VLEN)
-                v[c] = FN(load_up_to)(key[i + c] + d * size, n, dtype);
-            v_transpose(v);
-            if (n == VLEN)
+                FN(prefetch_rows)(key[i] + PANEL * stride, stride, d * size, (d + n) * size);
+            if (once)
+                FN(prefetch_rows)(value + i * stride_v, stride_v, d * size_v,
+                                  (d + VLEN < dim ? d + n : dim_v) * size_v);
+            if (n == VLEN) {
+                EACH (c, VLEN)
+                    v[c] = FN(load_as)(key[i + c] + d * size, dtype);
+                v_transpose(v);
                 BY_ROWS(t->rows, FN(decode_score_rows), t, v, d, VLEN, j + i);
-            else
+            } else {
+                EACH (c, VLEN)
+                    v[c] = FN(load_n_as)(key[i + c] + d * size, n, dtype);
+                v_transpose(v);
                 BY_ROWS(t->rows, FN(decode_score_rows), t, v, d, n, j + i);
+            }
         }
 }
 
-static ALWAYS_INLINE void FN(decode_score_block)(mha_tile *t, int dtype)
+/* One function a dtype, with registers of its own. */
+static NOINLINE void FN(score_panel_real)(mha_tile *t, int j, int keys)
 {
-    for (int j = t->begin[0]; j < t->end[0]; j += PANEL)
-        FN(decode_score_panel)(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL, dtype);
+    FN(decode_score_panel)(t, j, keys, DTYPE);
+}
+
+static NOINLINE void FN(score_panel_f16)(mha_tile *t, int j, int keys)
+{
+    FN(decode_score_panel)(t, j, keys, MHA_F16);
+}
+
+static NOINLINE void FN(score_panel_bf16)(mha_tile *t, int j, int keys)
+{
+    FN(decode_score_panel)(t, j, keys, MHA_BF16);
 }
 
 /* Hide what the row may not see and the tail of its last vector, and take the maximum; whether
@@ -146,7 +169,12 @@ static int FN(decode_scores)(mha_tile *t, idx block)
         mha_tile_look_to_next_block(t);
         t->ahead_pace = 4; /* rows per step, of which a block takes about 100 */
     }
-    BY_DTYPE(t->k_block.dtype, FN(decode_score_block), t);
+    void (*const score_panel)(mha_tile *, int, int) =
+        t->k_block.dtype == MHA_F16    ? FN(score_panel_f16)
+        : t->k_block.dtype == MHA_BF16 ? FN(score_panel_bf16)
+                                       : FN(score_panel_real);
+    for (int j = t->begin[0]; j < t->end[0]; j += PANEL)
+        score_panel(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL);
     int hidden = 0;
     for (int row = 0; row < t->rows; row++) {
         REAL *s = (REAL *)t->s + row * SCORE_ROW;
@@ -192,6 +220,12 @@ static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, i
     const mha_rows *v = &t->v_block;
     REAL *part = (REAL *)t->o_block + row * dim + d;
     vec acc[16];
+    if (!FN(values_pass_once)(t)) {
+        const char *line = (const char *)v->data + (end * v->row + d) * size;
+        for (int i = 0; i < end - begin; i++, line += v->row * size)
+            for (idx at = 0; at < nv * VLEN * size; at += 64)
+                PREFETCH(line + at);
+    }
     EACH (i, rows)
         EACH (c, nv)
             acc[i * nv + c] = v_load(part + i * dim + c * VLEN);
@@ -265,11 +299,9 @@ static void FN(decode_merge)(mha_tile *t, const void *record)
     FN(decode_merge_part)(t, (const REAL *)(r + o));
 }
 
-/* Where rows and head dims pass over the values more than once, keys go in runs that stay in L1. */
 static ALWAYS_INLINE void FN(decode_values)(mha_tile *t, int guarded, int dtype)
 {
-    const int once = t->rows == 1 && t->problem->head_dim_v <= DECODE_NV(1) * VLEN;
-    const int run = once ? MHA_KEY_BLOCK : VALUE_RUN;
+    const int run = FN(values_pass_once)(t) ? MHA_KEY_BLOCK : VALUE_RUN;
     for (int j = t->begin[0]; j < t->end[0]; j += run) {
         const int end = t->end[0] - j < run ? t->end[0] : j + run;
         FN(fetch_ahead)(t);

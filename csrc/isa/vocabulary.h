@@ -43,10 +43,12 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define ALWAYS_INLINE __forceinline
+#define NOINLINE __declspec(noinline)
 #define UNROLL
 #define PREFETCH(p) ((void)(p))
 #else
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #endif
