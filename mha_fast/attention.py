@@ -68,7 +68,7 @@ def attention(
         Queries, float16, bfloat16 (`ml_dtypes`), float32 or float64, with any strides. A
         two-dimensional array is one head. Leading axes of `q`, `k`, `v` broadcast.
     k : array_like, shape (..., kv_heads, seqlen_k, head_dim)
-        Keys. `heads` must be a multiple of `kv_heads`; query head ``h`` reads KV head
+        Keys. ``heads`` must be a multiple of `kv_heads`; query head ``h`` reads KV head
         ``h // (heads // kv_heads)``.
     v : array_like, shape (..., kv_heads, seqlen_k, head_dim_v)
         Values.
