@@ -1,8 +1,9 @@
 """Do NumPy's BLAS threads and ours get in each other's way on this machine?
 
 Alternates a matrix product and an attention call in one process and compares the time of the pair
-with the sum of its parts, once for each setting of the environment that can help. Each setting
-needs a process of its own, because both thread pools read the environment only once.
+with the sum of its parts: with NumPy's product once for each setting of the environment that can
+help, and with `mha_fast.linear`, which computes the product in our threads. Each setting needs a
+process of its own, because both thread pools read the environment only once.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 import numpy as np
 
 from .attention import attention
+from .projection import linear
 
 TOKENS = (16, 128, 512)
 WIDTH, HEADS = 768, 12
@@ -24,6 +26,7 @@ SETTINGS = {
     "both": {"OPENBLAS_THREAD_TIMEOUT": "10", "OMP_WAIT_POLICY": "PASSIVE"},
     "BLAS on one thread": {"OPENBLAS_NUM_THREADS": "1"},
 }
+OURS = "mha_fast.linear for NumPy's @"
 GOOD = 1.15  # a pair that costs at most this times the sum of its parts is fine
 
 
@@ -34,17 +37,40 @@ def doctor():
     pairs = {}
     for name, variables in SETTINGS.items():
         rows = json.loads(_measure_elsewhere(variables))
-        pairs[name] = [row["pair"] for row in rows]
-        cells = (f"{1e6 * r['pair']:9.0f} {r['pair'] / r['parts']:5.2f}x" for r in rows)
-        print(f"{name:30}" + " ".join(cells), flush=True)
-    usual = pairs["as it is"]
-    gain = {name: _mean_ratio(times, usual) for name, times in pairs.items()}
-    best = min(gain, key=gain.get)
-    if gain[best] > 1 / GOOD:
-        print("\nNo setting is worth changing.")
-        return
+        pairs[name] = _show(name, rows, "matmul")
+        if not variables:
+            ours = _show(OURS, rows, "linear")
+    print(f"\n{_advice(pairs)}")
+    print(_advice_on_products(pairs["as it is"], ours))
+
+
+def _advice(pairs):
+    """Which setting helps, if one does."""
+    gain = {name: _mean_ratio(pairs["as it is"], times) for name, times in pairs.items()}
+    best = max(gain, key=gain.get)
+    if gain[best] <= GOOD:
+        return "No setting is worth changing."
     exports = " ".join(f"{key}={value}" for key, value in SETTINGS[best].items())
-    print(f"\nStarting Python with {exports} makes these pairs {1 / gain[best]:.1f} times faster.")
+    return f"Starting Python with {exports} makes these pairs {gain[best]:.1f} times faster."
+
+
+def _advice_on_products(usual, ours):
+    """At which sizes `mha_fast.linear` helps, if it does."""
+    better = [i for i, (a, b) in enumerate(zip(usual, ours, strict=True)) if a > GOOD * b]
+    if not better:
+        return f"{OURS} makes these pairs no faster."
+    gain = _mean_ratio([usual[i] for i in better], [ours[i] for i in better])
+    tokens = ", ".join(str(TOKENS[i]) for i in better)
+    return f"{OURS} makes these pairs {gain:.1f} times faster at {tokens} tokens."
+
+
+def _show(name, rows, product):
+    """Print how pairs with this product do, and return their times."""
+    pairs = [row[f"{product}+attention"] for row in rows]
+    sums = [row[product] + row["attention"] for row in rows]
+    cells = (f"{1e6 * p:9.0f} {p / s:5.2f}x" for p, s in zip(pairs, sums, strict=True))
+    print(f"{name:30}" + " ".join(cells), flush=True)
+    return pairs
 
 
 def _mean_ratio(times, others):
@@ -61,16 +87,36 @@ def _measure_elsewhere(variables):
 
 def measure():
     """Print the times of one process as JSON."""
-    rng = np.random.default_rng(0)
     rows = []
-    for n in TOKENS:
-        x = rng.standard_normal((n, WIDTH), dtype=np.float32)
-        w = rng.standard_normal((WIDTH, WIDTH), dtype=np.float32)
-        qkv = rng.standard_normal((3, HEADS, n, WIDTH // HEADS), dtype=np.float32)
-        parts = [_median(lambda x=x, w=w: x @ w), _median(lambda qkv=qkv: attention(*qkv))]
-        pair = _median(lambda x=x, w=w, qkv=qkv: (x @ w, attention(*qkv)))
-        rows.append({"parts": sum(parts), "pair": pair})
+    for tokens in TOKENS:
+        timed = calls(**arrays(tokens))
+        rows.append({name: _median(call) for name, call in timed.items()})
     print(json.dumps(rows))
+
+
+def arrays(tokens, seed=0):
+    """What `calls` computes with: `x`, `weight`, and q, k and v as one array."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "x": (tokens, WIDTH),
+        "weight": (WIDTH, WIDTH),
+        "qkv": (3, HEADS, tokens, WIDTH // HEADS),
+    }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def calls(x, weight, qkv):
+    """The parts and the pairs, each a function without arguments."""
+
+    def attend():
+        return attention(*qkv)
+
+    products = {"matmul": lambda: x @ weight.T, "linear": lambda: linear(x, weight)}
+    pairs = {
+        f"{name}+attention": lambda product=product: (product(), attend())
+        for name, product in products.items()
+    }
+    return {**products, "attention": attend, **pairs}
 
 
 def _median(call, repeats=60):

@@ -1,6 +1,7 @@
 """show_config, and what the package says about itself."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import mha_fast
-from mha_fast import _core
+from mha_fast import _core, doctor
 
 
 @pytest.fixture
@@ -98,10 +99,30 @@ def test_the_command_line_shows_the_configuration():
 
 
 def test_the_doctor_measures_every_setting_and_gives_advice(monkeypatch, capsys):
-    from mha_fast import doctor
-
     monkeypatch.setattr(doctor, "SETTINGS", {"as it is": {}, "other": {"OMP_NUM_THREADS": "1"}})
     doctor.doctor()
     shown = capsys.readouterr().out
     assert "as it is" in shown
     assert "No setting is worth" in shown or "OMP_NUM_THREADS=1" in shown
+    assert shown.count(doctor.OURS) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "ours", "advice"),
+    [
+        (1.0, 1.0, ["No setting is worth", "makes these pairs no faster"]),
+        (0.5, 1.0, ["with A=1 makes these pairs 2.0 times faster", "no faster"]),
+        (1.0, 0.5, ["No setting is worth", "2.0 times faster at 16, 128, 512 tokens"]),
+    ],
+)
+def test_the_doctor_advises_what_is_faster(monkeypatch, capsys, other, ours, advice):
+    def measured(variables):
+        times = {"matmul": 0.5, "linear": 0.5, "attention": 0.5}
+        pairs = {"matmul+attention": other if variables else 1.0, "linear+attention": ours}
+        return json.dumps([times | pairs] * len(doctor.TOKENS))
+
+    monkeypatch.setattr(doctor, "SETTINGS", {"as it is": {}, "other": {"A": "1"}})
+    monkeypatch.setattr(doctor, "_measure_elsewhere", measured)
+    doctor.doctor()
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in advice), shown
