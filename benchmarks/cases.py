@@ -1,4 +1,4 @@
-"""The benchmark cases: one row each, used by everything else in this folder.
+"""The cases of attention: one row each, used by everything else in this folder.
 
 A case says what is computed, never how. Names are stable keys: results of different
 commits are compared by them. To add a case, add one row to ``CASES``.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from problem import ITEM_BYTES, Problem, normal
+from truth import check_attention
 
 MASKS = ("padding", "lengths", "tril", "bias")
 UNITS = ("flops", "bandwidth", "latency")
-LAYOUTS = ("heads_first", "seq_first")
+LAYOUTS = ("heads_first", "seq_first", "transposed")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Problem):
     """One attention problem.
 
     Parameters
@@ -33,9 +35,12 @@ class Case:
         'lengths': the same lengths, given to mha_fast as ``kv_lengths``.
         'tril': the causal rule given as a boolean (seqlen_q, seqlen_k) array.
         'bias': a float array per head is added to the scores.
+    weights : bool
+        Return the attention weights too.
     dtype : str
     layout : str
-        'seq_first' stores (batch, seqlen, heads, head_dim) and passes a view.
+        'seq_first' passes views of arrays stored (batch, seqlen, heads, head_dim),
+        'transposed' views of K and V stored (batch, kv_heads, head_dim, seqlen).
     unit : str
         What limits the case: 'flops' (share of the FMA peak), 'bandwidth' (KV bytes
         read per second) or 'latency' (microseconds a call).
@@ -52,6 +57,7 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     mask: str | None = None
+    weights: bool = False
     dtype: str = "float32"
     layout: str = "heads_first"
     unit: str = "flops"
@@ -63,9 +69,10 @@ class Case:
             (self.mask, (None, *MASKS)),
             (self.unit, UNITS),
             (self.layout, LAYOUTS),
+            (self.dtype, ITEM_BYTES),
         ):
             if value not in allowed:
-                raise ValueError(f"{self.name}: {value!r} is not one of {allowed}")
+                raise ValueError(f"{self.name}: {value!r} is not one of {tuple(allowed)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.name}: heads is not a multiple of kv_heads")
 
@@ -129,12 +136,22 @@ class Case:
         lo, hi = self.spans()
         keys = int((hi.max(axis=1) - lo.min(axis=1)).sum())
         width = self.head_dim + self.head_dim_v
-        return keys * self.kv_heads * width * np.dtype(self.dtype).itemsize
+        return keys * self.kv_heads * width * ITEM_BYTES[self.dtype]
 
     def score_bytes(self):
         """Bytes of the score matrix, for systems that store it."""
-        itemsize = max(4, np.dtype(self.dtype).itemsize)
+        itemsize = max(4, ITEM_BYTES[self.dtype])
         return self.batch * self.heads * self.seqlen_q * self.seqlen_k * itemsize
+
+    def columns(self):
+        return {
+            "batch": str(self.batch),
+            "heads/kv": f"{self.heads}/{self.kv_heads}",
+            "seqlen_q x k": f"{self.seqlen_q} x {self.seqlen_k}",
+            "head_dim": str(self.head_dim),
+            "GFLOP": f"{self.flops() / 1e9:.3g}",
+            "KV MB": f"{self.kv_bytes() / 1e6:.3g}",
+        }
 
     def make_inputs(self, seed=0):
         """Keyword arguments for ``mha_fast.attention``."""
@@ -144,6 +161,8 @@ class Case:
             "k": self._tensor(rng, self.kv_heads, self.seqlen_k, self.head_dim),
             "v": self._tensor(rng, self.kv_heads, self.seqlen_k, self.head_dim_v),
         }
+        if self.layout == "transposed":
+            inputs["k"], inputs["v"] = transposed(inputs["k"]), transposed(inputs["v"])
         if self.causal:
             inputs["causal"] = True
         if self.window is not None:
@@ -156,19 +175,23 @@ class Case:
             inputs["mask"] = np.ascontiguousarray(self.visible()[0, 0])
         elif self.mask == "bias":
             shape = (self.heads, self.seqlen_q, self.seqlen_k)
-            inputs["bias"] = _normal(rng, shape, self.dtype)
+            inputs["bias"] = normal(rng, shape, self.dtype)
+        if self.weights:
+            inputs["return_weights"] = True
         return inputs
 
+    def check(self, inputs, output):
+        check_attention(self, inputs, output)
+
     def _tensor(self, rng, heads, seqlen, width):
-        if self.layout == "heads_first":
-            return _normal(rng, (self.batch, heads, seqlen, width), self.dtype)
-        stored = _normal(rng, (self.batch, seqlen, heads, width), self.dtype)
-        return stored.swapaxes(1, 2)
+        if self.layout == "seq_first":
+            return normal(rng, (self.batch, seqlen, heads, width), self.dtype).swapaxes(1, 2)
+        return normal(rng, (self.batch, heads, seqlen, width), self.dtype)
 
 
-def _normal(rng, shape, dtype):
-    drawn = np.float64 if dtype == "float64" else np.float32
-    return rng.standard_normal(shape, drawn).astype(dtype, copy=False)
+def transposed(x):
+    """The same numbers, stored with the last two axes swapped."""
+    return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 # fmt: off
@@ -203,6 +226,8 @@ CASES = (
          layout="seq_first"),
     Case("window_s4096_w1024", 1, 32, 8, 4096, 4096, 128, causal=True,
          window=(1023, 0)),
+    Case("transposed_s1024", 1, 12, 12, 1024, 1024, 64, layout="transposed"),
+    Case("weights_s512", 1, 12, 12, 512, 512, 64, weights=True),
     Case("float64_s1024", 1, 12, 12, 1024, 1024, 64, dtype="float64"),
     Case("float16_s1024", 1, 12, 12, 1024, 1024, 64, dtype="float16"),
     Case("cross_s1024_k77", 2, 8, 8, 1024, 77, 64),
@@ -213,6 +238,12 @@ CASES = (
     Case("decode_group8_8k", 1, 64, 8, 1, 8192, 128, unit="bandwidth"),
     Case("decode_mqa_8k", 1, 32, 1, 1, 8192, 128, unit="bandwidth"),
     Case("decode_b8_1k_len", 8, 32, 8, 1, 1024, 128, mask="lengths",
+         unit="bandwidth"),
+    Case("decode_float16", 16, 32, 8, 1, 2048, 128, dtype="float16",
+         unit="bandwidth"),
+    Case("decode_bfloat16", 16, 32, 8, 1, 2048, 128, dtype="bfloat16",
+         unit="bandwidth"),
+    Case("decode_transposed", 1, 12, 12, 1, 1024, 64, layout="transposed",
          unit="bandwidth"),
     # What one call costs.
     Case("tiny_h1_s16", 1, 1, 1, 16, 16, 64, unit="latency"),

@@ -90,8 +90,9 @@ def heads_plot(results, systems, machine, path):
         figsize=(3.6 * len(widths), 3.8),
         sharey=True,
         layout="constrained",
+        squeeze=False,
     )
-    for axes, d_model in zip(panels, widths, strict=True):
+    for axes, d_model in zip(panels[0], widths, strict=True):
         chosen = [r for r in results if r["params"]["heads"] * r["params"]["head_dim"] == d_model]
         for system in systems:
             x, y = points(chosen, system, "heads", report.time_of)

@@ -86,7 +86,7 @@ def peer_cell(result, peer):
     if entry["status"] == "error":
         return "error"
     figure = percent(share(result, peer))
-    if result["unit"] == "bandwidth" or figure == MISSING:
+    if figure == MISSING:
         figure = speed(result, peer)
     if figure == MISSING:
         figure = duration(entry["best"])
@@ -94,9 +94,14 @@ def peer_cell(result, peer):
     return figure if ours is None else f"{entry['best'] / ours:.2f}x  {figure}"
 
 
-def table(results, systems):
-    """Header and rows of the main table."""
-    peers = [system for system in systems if system != OURS]
+def timed(results):
+    """Names of all systems in these results, in order."""
+    return list({name: None for result in results for name in result["systems"]})
+
+
+def table(results):
+    """Header and rows: our times, then the peers."""
+    peers = [system for system in timed(results) if system != OURS]
     header = ["case", "best", "median", "rate", "share", *peers]
     rows = []
     for result in results:
@@ -168,7 +173,7 @@ def plain(header, rows):
 
 def show(header, rows, title=None):
     """Print a table, with rich on a terminal that is wide enough for it."""
-    text = plain(header, rows)
+    text = "\n".join(filter(None, [title, plain(header, rows)]))
     try:
         from rich.console import Console
         from rich.table import Table
@@ -189,13 +194,13 @@ def show(header, rows, title=None):
 
 def compare(before, after, system=OURS):
     """Header and rows: time after / time before per case, worst first."""
-    old = {result["case"]: result for result in before["results"]}
+    old = {(result["sweep"], result["case"]): result for result in before["results"]}
     found = []
     for result in after["results"]:
-        first = time_of(old.get(result["case"], {"systems": {}}), system)
-        second = time_of(result, system)
+        same = old.get((result["sweep"], result["case"]), {"systems": {}})
+        first, second = time_of(same, system), time_of(result, system)
         if first is not None and second is not None:
-            found.append((second / first, old[result["case"]], result))
+            found.append((second / first, same, result))
     found.sort(key=lambda item: -item[0])
     header = ["case", "A", "B", "B/A", "share A", "share B"]
     rows = [

@@ -33,13 +33,13 @@ class WorkerError(Exception):
 class Worker:
     """One stopped process. It runs only while it answers a request."""
 
-    def __init__(self, name, threads):
+    def __init__(self, task, name, threads):
         self.name = name
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(
-            target=worker.main, args=(theirs, name, threads), name=name, daemon=True
+            target=worker.main, args=(theirs, task, name, threads), name=name, daemon=True
         )
         self.process.start()
         theirs.close()
@@ -87,17 +87,28 @@ class Worker:
 
 
 class Team:
-    """All workers by name. Use as a context manager."""
+    """All workers by name. Use as a context manager.
 
-    def __init__(self, names, threads):
-        self.names = (worker.PEAK, *names)
-        self.threads = threads
+    Parameters
+    ----------
+    task : str
+        Name of the module that has the systems.
+    members : dict of str to int
+        Threads of each system.
+    threads : int
+        Of the worker that measures peaks.
+    """
+
+    def __init__(self, task, members, threads):
+        self.task = task
+        self.members = members
+        self.threads = {worker.PEAK: threads, **members}
         self.workers = {}
         self.failed = {}
 
     def hire(self, name):
         try:
-            self.workers[name] = Worker(name, self.threads)
+            self.workers[name] = Worker(self.task, name, self.threads[name])
         except WorkerError as error:
             self.failed[name] = str(error)
 
@@ -116,7 +127,7 @@ class Team:
 
     def __enter__(self):
         try:
-            for name in self.names:
+            for name in self.threads:
                 self.hire(name)
         except BaseException:  # a stopped process outlives us unless it is killed
             self.close()

@@ -6,6 +6,7 @@ value)`` or ``("error", text)`` out. Between requests the parent keeps it stoppe
 
 from __future__ import annotations
 
+import importlib
 import signal
 import statistics
 import threading
@@ -13,7 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from systems import SYSTEMS, check
 
 PEAK = "peak"
 READ_BUFFER_BYTES = 256 * 2**20  # a thread; far larger than any cache
@@ -24,8 +24,8 @@ LONG_CALL = 1.0  # seconds; such a call needs no warm-up and few repetitions
 class SystemWorker:
     """Runs one system."""
 
-    def __init__(self, name, threads):
-        self.system = SYSTEMS[name](threads)
+    def __init__(self, task, name, threads):
+        self.system = importlib.import_module(task).SYSTEMS[name](threads)
         self.call = None
 
     def versions(self):
@@ -33,7 +33,7 @@ class SystemWorker:
 
     def config(self):
         """What mha_fast says about itself; empty for the peers."""
-        if self.system.name != "mha_fast":
+        if "mha_fast" not in self.system.packages:
             return {}
         import mha_fast
 
@@ -45,7 +45,7 @@ class SystemWorker:
         self.call = self.system.prepare(case, inputs)
         if self.call is None:
             return False
-        check(case, inputs, self.system.canonical(self.call(), case))
+        case.check(inputs, self.system.canonical(self.call(), case))
         return True
 
     def measure(self, seconds):
@@ -78,20 +78,19 @@ class PeakWorker:
     the answers are None.
     """
 
-    def __init__(self, name, threads):
-        self.threads = threads
-        self.buffers = None
+    def __init__(self):
+        self.buffers = []
         try:
             from mha_fast import _core
         except ImportError:
             _core = None
         self.core = _core
 
-    def fma(self, seconds):
-        """GFLOP/s in float32 of all threads together, or None."""
+    def fma(self, seconds, threads):
+        """GFLOP/s in float32 of so many threads together, or None."""
         if self.core is None:
             return None
-        return sum(self.at_once(self.fma_rate, [seconds] * self.threads)) / 1e9
+        return sum(self.at_once(self.fma_rate, [seconds] * threads)) / 1e9
 
     def fma_rate(self, seconds):
         """FLOP/s of this thread, the best of many calls."""
@@ -101,19 +100,18 @@ class PeakWorker:
             best = max(best, flops / (time.perf_counter() - start))
         return best
 
-    def bandwidth(self, seconds):
-        """GB/s read by all threads together, the best pass, or None."""
+    def bandwidth(self, seconds, threads):
+        """GB/s read by so many threads together, the best pass, or None."""
         if self.core is None:
             return None
-        if self.buffers is None:
-            items = READ_BUFFER_BYTES // 4
-            self.buffers = [np.ones(items, np.float32) for _ in range(self.threads)]
+        while len(self.buffers) < threads:
+            self.buffers.append(np.ones(READ_BUFFER_BYTES // 4, np.float32))
         fastest, end = float("inf"), time.perf_counter() + seconds
         while fastest == float("inf") or time.perf_counter() < end:
-            spans = self.at_once(self.read, self.buffers)
+            spans = self.at_once(self.read, self.buffers[:threads])
             starts, ends = zip(*spans, strict=True)
             fastest = min(fastest, max(ends) - min(starts))
-        return self.threads * READ_BUFFER_BYTES / fastest / 1e9
+        return threads * READ_BUFFER_BYTES / fastest / 1e9
 
     def read(self, buffer):
         """Start and end of one pass over `buffer`."""
@@ -133,11 +131,11 @@ class PeakWorker:
             return list(pool.map(run, arguments))
 
 
-def main(pipe, name, threads):
+def main(pipe, task, name, threads):
     """Serve requests until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     try:
-        worker = (PeakWorker if name == PEAK else SystemWorker)(name, threads)
+        worker = PeakWorker() if name == PEAK else SystemWorker(task, name, threads)
     except Exception as error:
         worker = None
         pipe.send(("error", describe(error)))
