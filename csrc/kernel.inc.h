@@ -1,5 +1,5 @@
 /* The one kernel text, compiled once per ISA and compute dtype. Two kernels with the same bits:
- * prefill.inc.h has queries in the lanes; decode.inc.h, for tiles of few rows, has keys there.
+ * prefill.inc.h has queries in the lanes; decode*.inc.h, for tiles of few rows, has keys there.
  *
  * Canonical arithmetic. These rules alone decide the bits of a row; tile shape, lane, thread,
  * ISA, memory layout and batch do not enter:
@@ -31,6 +31,7 @@
 #include "terms.inc.h"
 #include "state.inc.h"
 #include "prefill.inc.h"
+#include "decode_scores.inc.h"
 #include "decode.inc.h"
 #include "write.inc.h"
 #include "measure.inc.h"

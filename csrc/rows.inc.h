@@ -71,32 +71,47 @@ static ALWAYS_INLINE idx FN(size_of)(int dtype)
     return dtype == DTYPE ? sizeof(REAL) : 2;
 }
 
-/* The same where neighbours of a column lie side by side, as in a view of a transposed array: by
- * vectors of keys, transposed on the way. Rows of memory are long; asks for them one block ahead.
- */
+/* One piece of at most VLEN keys by VLEN dims; both constants where they are VLEN. */
+static ALWAYS_INLINE void FN(copy_piece)(REAL *copy, idx cols, const char *src, idx stride,
+                                         int keys, int dims, int dtype)
+{
+    vec v[VLEN];
+    EACH (i, VLEN) {
+        v[i] = FN(load_up_to)(src + (i < dims ? i : 0) * stride, keys, dtype);
+        PREFETCH(src + (i < dims ? i : 0) * stride + MHA_KEY_BLOCK * FN(size_of)(dtype));
+    }
+    v_transpose(v);
+    EACH (i, VLEN)
+        if (i < keys) {
+            if (dims == VLEN)
+                v_store(copy + i * cols, v[i]);
+            else
+                v_store_n(copy + i * cols, v[i], dims);
+        }
+}
+
+/* Rows whose columns lie side by side, as in a view of a transposed array: by vectors of keys,
+ * transposed on the way. Rows of memory are long; asks for them one block ahead. */
 static void FN(copy_columns)(REAL *copy, const char *block, const mha_array *a, idx cols, int begin,
                              int end)
 {
     const idx size = FN(size_of)(a->dtype);
-    for (int j = begin; j < end; j += VLEN)
-        for (idx d = 0; d < cols; d += VLEN) {
+    for (idx d = 0; d < cols; d += VLEN)
+        for (int j = begin; j < end; j += VLEN) {
             const int keys = end - j < VLEN ? end - j : VLEN;
             const int dims = cols - d < VLEN ? (int)(cols - d) : VLEN;
-            vec v[VLEN];
-            for (int i = 0; i < VLEN; i++) {
-                const char *src = block + (d + (i < dims ? i : 0)) * a->col + j * size;
-                v[i] = FN(load_up_to)(src, keys, a->dtype);
-                PREFETCH(src + MHA_KEY_BLOCK * size);
-            }
-            v_transpose(v);
-            for (int i = 0; i < keys; i++)
-                v_store_n(copy + (j + i) * cols + d, v[i], dims);
+            const char *src = block + d * a->col + j * size;
+            REAL *to = copy + j * cols + d;
+            if (keys == VLEN && dims == VLEN && a->dtype == DTYPE)
+                FN(copy_piece)(to, cols, src, a->col, VLEN, VLEN, DTYPE);
+            else
+                FN(copy_piece)(to, cols, src, a->col, keys, dims, a->dtype);
         }
 }
 
 /* What a reader of K or V can do: take single numbers, so that any strides are fine; take vectors;
- * take vectors and widen 16-bit floats on the way. */
-enum { FN(BY_NUMBER), FN(BY_VECTOR), FN(BY_VECTOR_WIDENED) };
+ * take vectors and widen 16-bit floats on the way; take vectors along columns too. */
+enum { FN(BY_NUMBER), FN(BY_VECTOR), FN(BY_VECTOR_WIDENED), FN(BY_VECTOR_OR_COLUMN) };
 
 /* The block's rows, of `cols` columns, of an array: in place where the reader can read them, else a
  * copy of those that are visible. */
@@ -106,9 +121,10 @@ static mha_rows FN(block_rows)(const mha_tile *t, const mha_array *a, const char
     const char *block = head + t->key0 * a->row;
     const int half = a->dtype == MHA_F16 || a->dtype == MHA_BF16;
     const idx size = half ? 2 : sizeof(REAL);
-    const int readable = half ? reader == FN(BY_VECTOR_WIDENED) && a->row % 2 == 0
+    const int readable = half ? reader >= FN(BY_VECTOR_WIDENED) && a->row % 2 == 0
                               : FN(in_place)(block, a->row, a->col, a->dtype);
-    if (readable && (reader == FN(BY_NUMBER) || a->col == size))
+    const int columns = !half && reader == FN(BY_VECTOR_OR_COLUMN) && a->row == size;
+    if (readable && (reader == FN(BY_NUMBER) || a->col == size || columns))
         return (mha_rows){block, a->row / size, a->col / size, a->dtype};
     const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
     const mha_rows rows = {copy, cols, 1, DTYPE};
