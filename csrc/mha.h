@@ -54,8 +54,8 @@ typedef struct {
     idx batch[MHA_MAX_AXES];
 } mha_array;
 
-/* Without a `scores` array: attention. With one, scores go out and there are no values: as weights
- * where `sums` has what attention found out about each row, else as they are, plus `addend`. */
+/* With a `scores` array, scores go out too: as weights, where `sums` has what attention found out
+ * about each row. Without `out`, nothing else does: as they are, plus `addend`. */
 typedef struct {
     mha_array q, k, v, out, lse;
     mha_array scores, sums;            /* sums: max and 1 / sum of each row, in the compute dtype */
@@ -104,6 +104,7 @@ typedef struct {
     char *out_row[MHA_MAX_LANES];
     char *lse_row[MHA_MAX_LANES];
     char *scores_row[MHA_MAX_LANES], *sums_row[MHA_MAX_LANES];
+    int writes_scores; /* of some row */
     char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
     idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* keys that a lane may see: [lo, hi) */
     mha_reach reach[MHA_MAX_VECTORS];

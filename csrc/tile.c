@@ -150,8 +150,7 @@ void mha_tile_begin(mha_tile *t, const mha_problem *p, idx task, int lanes, int 
     for (int n = 0; n < p->num_terms; n++)
         point_at_rows(t, &p->terms[n], batch, t->term_row[n]);
     reach_all(t, integer_of(p, &p->q_offset, batch, length - p->seqlen_q), length, vlen);
-    if (p->scores.data && !point_at_scores(t, batch))
-        t->last_block = t->first_block;
+    t->writes_scores = p->scores.data && point_at_scores(t, batch);
 }
 
 /* Cut the keys of the block where the set of vectors that see them changes. Positions do not

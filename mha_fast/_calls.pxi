@@ -57,17 +57,15 @@ def forward(object q, object k, object v, object mask=None, object bias=None, ob
     if return_weights:
         sums = new_array(&p, max(axes, 3), heads, 2, compute_dtype(dtype))
         describe(&p, &p.sums, sums, heads, p.seqlen_q, 2, 3)
+        weights = new_weights(&p, axes, heads, dtype, weights_heads, weights_rows)
     if p.batch and heads and p.seqlen_q:
         run(&p, kernels_of(dtype), wanted)
-    if return_weights:
-        weights = weights_of(&p, axes, heads, dtype, wanted, weights_heads, weights_rows)
     return out, lse, weights
 
 
-cdef object weights_of(mha_problem *attended, int axes, idx heads, int dtype, int threads,
-                       cnp.ndarray heads_of, cnp.ndarray rows_of):
-    """The weights of the heads and rows that have a place, after attention has left the sums."""
-    cdef mha_problem p = attended[0]
+cdef object new_weights(mha_problem *p, int axes, idx heads, int dtype, cnp.ndarray heads_of,
+                        cnp.ndarray rows_of):
+    """Zeros for the weights of the heads and rows that have a place."""
     cdef idx some_heads = heads, rows = p.seqlen_q
     if heads_of is not None:
         p.heads_of = <const int64_t *>cnp.PyArray_DATA(heads_of)
@@ -78,11 +76,7 @@ cdef object weights_of(mha_problem *attended, int axes, idx heads, int dtype, in
     shape = [p.batch_shape[i] for i in range(p.batch_axes)]
     shape += ([some_heads] if axes > 2 else []) + [rows, p.seqlen_k]
     weights = np.zeros(shape, np.float64 if dtype == MHA_F64 else np.float32)
-    describe(&p, &p.scores, weights, some_heads, rows, p.seqlen_k, 3)
-    p.head_dim_v = 0
-    p.lse.data = NULL
-    if weights.size:
-        run(&p, kernels_of(dtype), threads)
+    describe(p, &p.scores, weights, some_heads, rows, p.seqlen_k, 3)
     return weights
 
 
@@ -102,7 +96,6 @@ def linear(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, object threads):
     dtype = promote(p.q.dtype, p.k.dtype)
     out = new_array(&p, 2, 1, p.seqlen_k, dtype)
     describe(&p, &p.scores, out, 1, p.seqlen_q, p.seqlen_k, 3)
-    p.out = p.scores
     if bias is not None:
         p.addend = cnp.PyArray_DATA(bias)
     if out.size:

@@ -62,6 +62,7 @@ cdef extern from "mha.h" nogil:
         idx next_task
         idx first_block
         idx last_block
+        int writes_scores
         void *total
         int has_total
 

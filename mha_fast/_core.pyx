@@ -88,20 +88,28 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     if not split or merge_wave(call, kernel, tile, tile_index):
         merge_total(kernel, tile)
         kernel.finish(tile)                                # O / sum, log-sum-exp
+        write_scores(kernel, tile, tile.first_block, tile.last_block)   # exp(S - max) / sum
     return OK
 
 
-cdef int write_scores(call_state *call, idx tile_index, idx chunk) noexcept nogil:
-    """The same for scores that go out: no softmax, no sum."""
-    cdef idx block, first = chunk * call.chunk
+cdef int multiply(call_state *call, idx tile_index, idx chunk) noexcept nogil:
+    """One tile of rows times some blocks of outputs of a linear layer: scores that go out."""
+    cdef idx first = chunk * call.chunk
     cdef const mha_kernel *kernel = kernel_of(call, tile_index)
     cdef mha_tile *tile = kernel.begin(call.problem, tile_index)
     if tile == NULL:
         return OUT_OF_MEMORY
-    for block in range(max(first, tile.first_block), min(first + call.chunk, tile.last_block)):
+    write_scores(kernel, tile, first, min(first + call.chunk, tile.last_block))
+    return OK
+
+
+cdef void write_scores(const mha_kernel *kernel, mha_tile *tile, idx first,
+                       idx last) noexcept nogil:
+    """Scores of these blocks once more, now that the sums are known, or for the only time."""
+    cdef idx block
+    for block in range(first, last if tile.writes_scores else first):
         if kernel.scores_block(tile, block):
             kernel.write_scores(tile)
-    return OK
 
 
 cdef const mha_kernel *kernel_of(call_state *call, idx tile_index) noexcept nogil:
@@ -160,10 +168,10 @@ cdef void work_off(call_state *call) noexcept nogil:
         task = mha_fetch_add(&call.next_task, 1)
         if task >= call.tiles * call.chunks:
             return
-        if call.problem.scores.data == NULL:
-            call_status(call, attend(call, task // call.chunks, task % call.chunks))
+        if call.problem.out.data == NULL:
+            call_status(call, multiply(call, task // call.chunks, task % call.chunks))
         else:
-            call_status(call, write_scores(call, task // call.chunks, task % call.chunks))
+            call_status(call, attend(call, task // call.chunks, task % call.chunks))
         if omp_get_thread_num() == 0 and task % call.signal_interval == 0 and pending_signal():
             call_status(call, INTERRUPTED)
 
@@ -183,7 +191,7 @@ cdef int split_keys(call_state *call, int threads) except -1:
     call.chunks = 1
     if threads == 1 or call.tiles >= wanted or call.tiles % threads == 0 or call.blocks < 2:
         return 0
-    if p.scores.data != NULL:
+    if p.out.data == NULL:
         call.chunk = max(1, call.blocks * call.tiles // wanted)
         call.chunks = (call.blocks + call.chunk - 1) // call.chunk
         return 0
