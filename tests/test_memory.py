@@ -4,20 +4,25 @@ import sys
 
 import pytest
 
-pytest.importorskip("resource")
+linux = sys.platform.startswith("linux")
+pytestmark = pytest.mark.skipif(not linux, reason="needs /proc")
 
 PER_THREAD = 8 * 2**20  # bytes, from the requirements
 THREADS = 2
 
-SETUP = """
-import resource, sys
+# Not ru_maxrss, which a process takes over from the one that started it.
+MEMORY = """
 import numpy as np, mha_fast
-unit = 1 if sys.platform == "darwin" else 1024
+def entry(name):
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(x for x in status if x.startswith(name)).split()[1])
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return entry("VmHWM")
 def resident():
-    pages = int(open("/proc/self/statm").read().split()[1])
-    return pages * resource.getpagesize()
+    return entry("VmRSS")
+"""
+
+SETUP = f"""{MEMORY}
 n, rng = 16384, np.random.default_rng(0)
 q, k, v = (rng.standard_normal((1, 8, n, 64), dtype=np.float32) for _ in range(3))
 out = np.zeros_like(q)
@@ -48,12 +53,7 @@ def test_long_sequences_take_little_memory_beside_out(output_of, mask):
     assert extra < THREADS * PER_THREAD
 
 
-FEW_ROWS = """
-import resource, sys
-import numpy as np, mha_fast
-unit = 1 if sys.platform == "darwin" else 1024
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+FEW_ROWS = f"""{MEMORY}
 q = np.ones((1, 60, 64), np.float32)
 k, v = (np.ones((1, 2**18, 64), np.float32) for _ in range(2))
 mha_fast.attention(q, k[:, :300], v[:, :300])
@@ -68,7 +68,6 @@ def test_few_rows_and_many_keys_take_little_memory(output_of):
     assert int(output_of(FEW_ROWS)) < THREADS * PER_THREAD
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_peak_before_the_call_hides_nothing(output_of):
     """The peak counts only growth past the arrays, if those are the peak so far."""
     script = "print(peak() - resident())"
@@ -79,12 +78,7 @@ def test_canary_stored_scores_are_caught(output_of):
     assert int(output_of(f"MASK = False\n{SETUP}{NAIVE}")) > THREADS * PER_THREAD
 
 
-LEAK = """
-import resource
-import numpy as np, mha_fast
-unit = resource.getpagesize()
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * unit
+LEAK = f"""{MEMORY}
 q = np.ones((4, 50, 16), np.float32)
 def calls():
     for i in range(3000):
@@ -101,6 +95,5 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_calls_and_errors_leak_nothing(output_of):
     assert int(output_of(LEAK)) < 2**20
