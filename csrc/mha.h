@@ -37,6 +37,10 @@ enum {
 
 #define MHA_OPEN PTRDIFF_MAX /* a window without an edge on that side */
 
+/* Numbers in a row of Q or V, beyond which the bytes of a tile's workspace, less than 2^13 for each
+ * of them, could overflow. Views of stride 0 can be that wide without the memory. */
+#define MHA_MAX_DIM (PTRDIFF_MAX >> 14)
+
 enum {
 #define MHA_DTYPE(name, bytes, read, write) MHA_##name,
 #include "dtype.def"

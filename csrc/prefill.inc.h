@@ -161,7 +161,7 @@ static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
 static void FN(look_ahead)(mha_tile *t, int last)
 {
     const int keys = t->segment[t->num_segments - 1].end - t->segment[0].begin;
-    const int steps = (int)(keys + t->problem->head_dim_v) / ROWS(t->vectors) + 1;
+    const idx steps = (keys + t->problem->head_dim_v) / ROWS(t->vectors) + 1;
     idx rows = 0;
     if (last)
         mha_tile_look_ahead(t, LANES);

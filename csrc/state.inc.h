@@ -140,7 +140,7 @@ static int FN(values_finite)(const mha_tile *t)
  * while the arithmetic does. */
 static void FN(fetch_ahead)(mha_tile *t)
 {
-    for (int n = 0; n < t->ahead_pace && t->num_ahead > 0; n++) {
+    for (int n = 0; t->num_ahead > 0 && n < t->ahead_pace; n++) {
         mha_stream *s = &t->ahead[t->num_ahead - 1];
         for (idx at = 0; at < s->bytes; at += 64)
             PREFETCH(s->row + at);

@@ -21,6 +21,7 @@ cdef extern from "mha.h" nogil:
         MHA_F32
         MHA_F64
     idx MHA_OPEN
+    idx MHA_MAX_DIM
 
     ctypedef struct mha_array:
         char *data

@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 cimport numpy as cnp
+from cpython.pyport cimport PY_SSIZE_T_MAX
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
@@ -22,11 +23,6 @@ COMPILER = MHA_COMPILER.decode()
 
 
 # ---- The algorithm: tasks, blocks of keys, and three steps per block -----------------------------
-
-cdef enum:
-    OK
-    OUT_OF_MEMORY
-    INTERRUPTED
 
 # Work is counted in floating-point operations; reading a byte of K or V from memory takes a
 # thread about as long as two of them.
@@ -56,7 +52,8 @@ cdef struct call_state:
     idx chunks              # tasks per tile; 1 unless keys are split
     idx signal_interval
     int threads
-    int status
+    int64_t out_of_memory   # how many threads were
+    int64_t interrupted
     # Only where keys are split. Blocks go in waves, which bounds the memory of partial results.
     idx wave                # blocks per wave: whole runs, or all
     idx wave_begin          # first block of the wave at hand
@@ -66,15 +63,15 @@ cdef struct call_state:
     int64_t next_task
 
 
-cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
-    """One tile of queries over the blocks of keys it can see, as in the paper."""
+cdef bint attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
+    """One tile of queries over the blocks of keys it can see, as in the paper. False: no memory."""
     cdef idx block, first = call.wave_begin + chunk * call.chunk
     cdef idx last = min(first + call.chunk, call.wave_begin + call.wave)
     cdef bint split = call.chunks > 1
     cdef const mha_kernel *kernel = kernel_of(call, tile_index)
     cdef mha_tile *tile = kernel.begin(call.problem, tile_index)    # Q * scale, packed
     if tile == NULL:
-        return OUT_OF_MEMORY
+        return False
     if not split:
         tile.next_task = tile_index + call.threads         # the team takes tasks in turn
     for block in range(max(first, tile.first_block), min(last, tile.last_block)):
@@ -89,18 +86,18 @@ cdef int attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
         merge_total(kernel, tile)
         kernel.finish(tile)                                # O / sum, log-sum-exp
         write_scores(kernel, tile, tile.first_block, tile.last_block)   # exp(S - max) / sum
-    return OK
+    return True
 
 
-cdef int multiply(call_state *call, idx tile_index, idx chunk) noexcept nogil:
+cdef bint multiply(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     """One tile of rows times some blocks of outputs of a linear layer: scores that go out."""
     cdef idx first = chunk * call.chunk
     cdef const mha_kernel *kernel = kernel_of(call, tile_index)
     cdef mha_tile *tile = kernel.begin(call.problem, tile_index)
     if tile == NULL:
-        return OUT_OF_MEMORY
+        return False
     write_scores(kernel, tile, first, min(first + call.chunk, tile.last_block))
-    return OK
+    return True
 
 
 cdef void write_scores(const mha_kernel *kernel, mha_tile *tile, idx first,
@@ -164,21 +161,25 @@ cdef int pending_signal() noexcept with gil:
 cdef void work_off(call_state *call) noexcept nogil:
     """Tasks, one after another, until none is left: what each member of the team does."""
     cdef idx task
-    while call.status == OK:
+    cdef bint done
+    while True:
         task = mha_fetch_add(&call.next_task, 1)
         if task >= call.tiles * call.chunks:
             return
         if call.problem.out.data == NULL:
-            call_status(call, multiply(call, task // call.chunks, task % call.chunks))
+            done = multiply(call, task // call.chunks, task % call.chunks)
         else:
-            call_status(call, attend(call, task // call.chunks, task % call.chunks))
+            done = attend(call, task // call.chunks, task % call.chunks)
+        if not done:
+            stop(call, &call.out_of_memory)
         if omp_get_thread_num() == 0 and task % call.signal_interval == 0 and pending_signal():
-            call_status(call, INTERRUPTED)
+            stop(call, &call.interrupted)
 
 
-cdef void call_status(call_state *call, int status) noexcept nogil:
-    if status != OK:
-        call.status = status
+cdef void stop(call_state *call, int64_t *reason) noexcept nogil:
+    """Leave no task to begin. Threads may stop at once, for different reasons."""
+    mha_fetch_add(reason, 1)
+    mha_fetch_add(&call.next_task, call.tiles * call.chunks)
 
 
 cdef int split_keys(call_state *call, int threads) except -1:
@@ -186,6 +187,7 @@ cdef int split_keys(call_state *call, int threads) except -1:
     results merge in key order: the arithmetic is the same, split or not."""
     cdef const mha_problem *p = call.problem
     cdef idx wanted = TASKS_PER_THREAD * threads, affordable
+    cdef double bytes
     call.blocks = (p.seqlen_k + MHA_KEY_BLOCK - 1) // MHA_KEY_BLOCK
     call.wave = call.chunk = call.blocks
     call.chunks = 1
@@ -197,12 +199,15 @@ cdef int split_keys(call_state *call, int threads) except -1:
         return 0
     call.record_bytes = max(call.kernels.prefill.state_bytes(p), call.kernels.decode.state_bytes(p))
     affordable = threads * RECORD_BYTES_PER_THREAD // (call.tiles * call.record_bytes)
-    call.wave = min(call.blocks, (max(wanted, affordable) + MHA_RUN - 1) // MHA_RUN * MHA_RUN)
+    call.wave = (max(wanted // call.tiles, affordable) + MHA_RUN - 1) // MHA_RUN * MHA_RUN
+    call.wave = min(call.blocks, call.wave)
     call.chunk = max(1, call.wave * call.tiles // wanted)
     call.chunks = (call.wave + call.chunk - 1) // call.chunk
     if call.chunks == 1:
         return 0
-    call.records = <char *>malloc(call.tiles * (1 + call.wave) * call.record_bytes)
+    bytes = <double>call.record_bytes * call.tiles * (1 + call.wave)
+    if bytes < PY_SSIZE_T_MAX:
+        call.records = <char *>malloc(<size_t>bytes)
     call.missing = <int64_t *>malloc(call.tiles * sizeof(int64_t))
     if call.records == NULL or call.missing == NULL:
         raise MemoryError("no memory for the partial results of split keys")
@@ -260,6 +265,8 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
     cdef call_state call
     cdef double keys = <double>p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v)
     cdef double work = keys * (2.0 * p.group_size * p.seqlen_q + 4 * WORK_PER_BYTE), tasks
+    if max(p.head_dim, p.head_dim_v) > MHA_MAX_DIM:
+        raise MemoryError("no memory for a tile of rows that long")
     memset(&call, 0, sizeof(call))
     call.problem = p
     call.kernels = kernels
@@ -278,7 +285,7 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
             while True:
                 run_wave(&call, threads, team_of(threads, hot))
                 call.wave_begin += call.wave
-                if call.wave_begin >= call.blocks or call.status != OK:
+                if call.wave_begin >= call.blocks or call.out_of_memory or call.interrupted:
                     break
         if large:
             call_end = omp_get_wtime()
@@ -287,9 +294,11 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
             release(claimed)
         free(call.records)
         free(call.missing)
-    if call.status == OUT_OF_MEMORY:
+    if call.interrupted:
+        return -1
+    if call.out_of_memory:
         raise MemoryError("no memory for the scratch space of a thread")
-    return -1 if call.status == INTERRUPTED else 0
+    return 0
 
 
 include "_arrays.pxi"

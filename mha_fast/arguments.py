@@ -44,7 +44,7 @@ def plain_arguments(
 
 
 def plain_linear(x, weight, bias, threads):
-    """The arguments of `linear`, checked: x (..., width), weight (outputs, width), bias dense."""
+    """The arguments of `linear`, checked; bias dense and aligned, in the compute dtype."""
     x = floats("x", x, ("width",))
     weight = floats("weight", weight, ("outputs", "width"))
     if weight.ndim > 2:
@@ -55,7 +55,7 @@ def plain_linear(x, weight, bias, threads):
         bias = floats("bias", bias, ("outputs",))
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias has shape {bias.shape}, expected {weight.shape[:1]}")
-        bias = np.ascontiguousarray(bias, compute_dtype(x, weight))
+        bias = np.require(bias, compute_dtype(x, weight), ["C", "ALIGNED"])
     return x, weight, bias, thread_count("threads", threads)
 
 

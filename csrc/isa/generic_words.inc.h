@@ -5,16 +5,13 @@ typedef struct {
 
 static ALWAYS_INLINE vec v_load_n(const REAL *p, int n)
 {
-    vec r;
-    EACH (i, VLEN)
-        r.x[i] = i < n ? p[i] : 0;
+    vec r = {{0}};
+    memcpy(r.x, p, sizeof(REAL) * (size_t)n);
     return r;
 }
 static ALWAYS_INLINE void v_store_n(REAL *p, vec a, int n)
 {
-    EACH (i, VLEN)
-        if (i < n)
-            p[i] = a.x[i];
+    memcpy(p, a.x, sizeof(REAL) * (size_t)n);
 }
 static ALWAYS_INLINE vec v_load(const REAL *p)
 {

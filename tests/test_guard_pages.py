@@ -1,0 +1,188 @@
+"""No byte beside an argument is touched: arguments lie against pages that kill who touches them.
+
+The cases run in child processes, which name each before they run it.
+"""
+
+import ctypes
+import mmap
+import signal
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import sizes
+from judge import assert_same
+from numpy.lib.array_utils import byte_bounds
+from numpy.lib.stride_tricks import as_strided
+from sizes import KEY_BLOCK, random, random_mask
+from test_layout import WRITEABLE, heads_after_sequence, misaligned
+
+from mha_fast import _core, attention, linear
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+
+PAGE = mmap.PAGESIZE
+SIDES = ("start", "end")
+DIMS = range(1, 81)
+KEYS = sorted({1, 2, 3} | sizes.around(*sizes.VECTOR.values(), 64, KEY_BLOCK, 2 * KEY_BLOCK))
+
+
+# ---- In the child process ------------------------------------------------------------------------
+
+
+def against_guard(x, side, seen):
+    """The numbers of `x` with the same strides, and forbidden pages up to where `seen`, a view of
+    `x`, starts, or from where it ends. Bytes between the numbers are NaN."""
+    low, high = byte_bounds(x)
+    edge = byte_bounds(seen)[SIDES.index(side)] - low
+    start = PAGE + -edge % PAGE
+    pages = (start + high - low) // PAGE + 2
+    memory = np.frombuffer(mmap.mmap(-1, pages * PAGE), np.uint8)
+    memory[...] = 255
+    first = np.ndarray((), x.dtype, memory, start + x.ctypes.data - low)
+    moved = as_strided(first, x.shape, x.strides)
+    moved[...] = x
+    forbidden = memory[: start + edge] if side == "start" else memory[start + edge :]
+    address = ctypes.c_void_p(forbidden.ctypes.data)
+    assert ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(forbidden.nbytes), 0) == 0
+    return moved
+
+
+def seen_part(name, x, keys):
+    """What may be touched of an argument if only these keys are seen."""
+    return x[..., keys, :] if name in ("k", "v") else x[..., keys] if name == "mask" else x
+
+
+def run_case(name, function, arrays, keys=slice(None), **options):
+    print(function.__name__, name, flush=True)
+    expected = function(**arrays, **options)
+    for side in SIDES:
+        print(side, function.__name__, name, flush=True)
+        moved = {n: against_guard(x, side, seen_part(n, x, keys)) for n, x in arrays.items()}
+        assert_same(function(**moved, **options), expected)
+
+
+def row_counts(isa, dtype, draw):
+    """One, and some around the full decode tile and the full prefill tile."""
+    edges = {2, 3, 4, 5} | sizes.around(sizes.FEW[isa], sizes.tile(isa, dtype))
+    return [1, *draw.sample(sorted(edges), 3)]
+
+
+def hide(how, rows, keys, dtype):
+    """Options, and which keys they leave."""
+    some = random_mask(1, rows, keys)
+    if how == "mask and bias":
+        return {"mask": some, "bias": sizes.additive(random_mask(2, rows, keys), dtype)}
+    if how == "float mask":
+        return {"mask": sizes.additive(some, dtype)}
+    if how == "shared mask":
+        return {"mask": random_mask(1, 1, keys)}
+    if how == "kv_lengths":
+        length = max(1, keys - 3)
+        return {"kv_lengths": length, "mask": some, "keys": slice(length)}
+    if how == "window":
+        first = keys // 3
+        last = min(keys, first + rows)
+        return {"window": (0, 0), "q_offset": first, "keys": slice(first, last)}
+    return {"causal": how == "causal", "return_weights": how == "weights"}
+
+
+HOW = ["all", "causal", "mask and bias", "float mask", "shared mask", "kv_lengths", "window"]
+
+
+def attention_cases(isa, dtype):
+    """Every head_dim, dense and strided; the rest by chance."""
+    draw = Random(0)
+    for head_dim in DIMS:
+        for rows in row_counts(isa, dtype, draw):
+            keys, dim_v, how = draw.choice(KEYS), draw.choice(DIMS), draw.choice([*HOW, "weights"])
+            wide = draw.choice([dtype, *(r for r in sizes.REALS if r.itemsize >= dtype.itemsize)])
+            for layout in (np.copy, draw.choice(WRITEABLE)):
+                arrays = {
+                    "q": random(2, rows, head_dim, dtype=wide),
+                    "k": random(draw.choice([1, 2]), keys, head_dim, dtype=dtype, seed=1),
+                }
+                arrays["v"] = random(len(arrays["k"]), keys, dim_v, dtype=dtype, seed=2)
+                options = hide(how, rows, keys, draw.choice(sizes.DTYPES))
+                arrays |= {n: options.pop(n) for n in ("mask", "bias") if n in options}
+                arrays["out"] = np.full((2, rows, dim_v), np.nan, np.result_type(wide, dtype))
+                arrays = {name: layout(x) for name, x in arrays.items()}
+                name = f"{layout.__name__} {how} {[x.shape for x in arrays.values()]} {wide}"
+                run_case(name, attention, arrays, **options, return_lse=True)
+
+
+def linear_cases(isa, dtype):
+    draw = Random(0)
+    layouts = [layout for layout in WRITEABLE if layout is not heads_after_sequence]
+    for width in DIMS:
+        for rows in row_counts(isa, dtype, draw):
+            outputs = draw.choice(KEYS)
+            for layout in (np.copy, draw.choice(layouts)):
+                arrays = {
+                    "x": layout(random(rows, width, dtype=dtype)),
+                    "weight": layout(random(outputs, width, dtype=dtype, seed=1)),
+                    "bias": draw.choice([np.copy, misaligned])(random(outputs, dtype=dtype)),
+                }
+                run_case(f"{layout.__name__} {rows} x {width} x {outputs}", linear, arrays)
+
+
+# ---- In the test's process -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_child(run_python):
+    def run(code, **variables):
+        folder = str(Path(__file__).parent)
+        here = f"import sys; sys.path.insert(0, {folder!r}); from test_guard_pages import *\n"
+        return run_python(here + code, timeout=300, **variables)
+
+    return run
+
+
+def assert_alive(process):
+    last = process.stdout.splitlines()[-1:]
+    assert process.returncode == 0, f"died of {process.returncode} at {last}: {process.stderr}"
+
+
+@pytest.mark.parametrize("cases", [attention_cases, linear_cases], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("isa", _core.isa_names())
+def test_no_byte_beside_an_argument_is_touched(run_child, dtype, isa, cases):
+    script = f"{cases.__name__}({isa!r}, np.dtype({dtype.name!r}))"
+    assert_alive(run_child(script, MHA_FAST_ISA=isa))
+
+
+def test_split_keys_are_not_read_past_their_end(run_child):
+    script = f"""
+q, k, v = sizes.qkv(3, 70 * {KEY_BLOCK} + 5, 67, batch=(), kv_heads=1)
+run_case("split", attention, {{"q": q, "k": k, "v": v}}, threads=3)
+"""
+    assert_alive(run_child(script))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_canary_a_byte_beside_an_array_kills(run_child, side):
+    script = f"""
+x = np.arange(5, dtype=np.uint8)
+x = against_guard(x, {side!r}, x)
+print(x)
+as_strided(x[{SIDES.index(side)} * 4 :], (2,), (2 * {SIDES.index(side)} - 1,))[1]
+"""
+    process = run_child(script)
+    assert process.returncode == -signal.SIGSEGV
+    with pytest.raises(AssertionError, match=r"at \['\[0 1 2 3 4\]'\]"):
+        assert_alive(process)
+
+
+@pytest.mark.parametrize("argument", ["q", "k", "v"])
+def test_canary_a_read_of_one_number_too_many_is_named(run_child, argument):
+    script = f"""
+arrays = {{name: np.ones((2, 5, 7), np.float32) for name in "qkv"}}
+less = arrays[{argument!r}][..., :-1]
+arrays[{argument!r}] = against_guard(arrays[{argument!r}], "end", less)
+print("guilty", flush=True)
+attention(**arrays)
+"""
+    with pytest.raises(AssertionError, match="at .*guilty"):
+        assert_alive(run_child(script))
