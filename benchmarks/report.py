@@ -56,12 +56,8 @@ def duration(seconds):
     if seconds is None:
         return MISSING
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return (
-                f"{seconds / size:.3g} {unit}"
-                if seconds < 999 * size
-                else (f"{seconds / size:.0f} {unit}")
-            )
+        if seconds >= 0.9995 * size:
+            return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
 
 
