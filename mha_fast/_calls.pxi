@@ -65,7 +65,8 @@ def forward(object q, object k, object v, object mask=None, object bias=None, ob
 
 cdef object new_weights(mha_problem *p, int axes, idx heads, int dtype, cnp.ndarray heads_of,
                         cnp.ndarray rows_of):
-    """Zeros for the weights of the heads and rows that have a place."""
+    """An array for the weights of the heads and rows that have a place: zeros, where a key may be
+    hidden and so not visited."""
     cdef idx some_heads = heads, rows = p.seqlen_q
     if heads_of is not None:
         p.heads_of = <const int64_t *>cnp.PyArray_DATA(heads_of)
@@ -75,7 +76,10 @@ cdef object new_weights(mha_problem *p, int axes, idx heads, int dtype, cnp.ndar
         rows = np.count_nonzero(rows_of >= 0)
     shape = [p.batch_shape[i] for i in range(p.batch_axes)]
     shape += ([some_heads] if axes > 2 else []) + [rows, p.seqlen_k]
-    weights = np.zeros(shape, np.float64 if dtype == MHA_F64 else np.float32)
+    hides = p.num_terms or p.kv_lengths.data != NULL
+    hides = hides or p.window_left != MHA_OPEN or p.window_right != MHA_OPEN
+    real = np.float64 if dtype == MHA_F64 else np.float32
+    weights = (np.zeros if hides else np.empty)(shape, real)
     describe(p, &p.scores, weights, some_heads, rows, p.seqlen_k, 3)
     return weights
 
