@@ -294,7 +294,7 @@ cdef int run(const mha_problem *p, const mha_kernels *kernels, int threads) exce
             release(claimed)
         free(call.records)
         free(call.missing)
-    if call.interrupted:
+    if call.interrupted or call.out_of_memory and PyErr_CheckSignals():
         return -1
     if call.out_of_memory:
         raise MemoryError("no memory for the scratch space of a thread")
