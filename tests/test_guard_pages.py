@@ -85,7 +85,8 @@ def hide(how, rows, keys, dtype):
     if how == "window":
         first = keys // 3
         last = min(keys, first + rows)
-        return {"window": (0, 0), "q_offset": first, "keys": slice(first, last)}
+        seen = slice(first, last)
+        return {"window": (0, 0), "q_offset": first, "mask": some, "keys": seen}
     return {"causal": how == "causal", "return_weights": how == "weights"}
 
 

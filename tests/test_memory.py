@@ -3,6 +3,9 @@
 import sys
 
 import pytest
+import sizes
+
+from mha_fast import _core
 
 linux = sys.platform.startswith("linux")
 pytestmark = pytest.mark.skipif(not linux, reason="needs /proc")
@@ -66,6 +69,28 @@ print(peak() - before)
 def test_few_rows_and_many_keys_take_little_memory(output_of):
     """Also where the keys are split among the threads."""
     assert int(output_of(FEW_ROWS)) < THREADS * PER_THREAD
+
+
+MANY_THREADS = f"""{MEMORY}
+import resource
+threads = 64
+q, k = np.ones((200 * TILE, 8), np.float32), np.ones((260 * {sizes.KEY_BLOCK}, 8), np.float32)
+v = np.broadcast_to(np.float32(1), (len(k), 400))
+def call(tiles):
+    mha_fast.attention(q[: tiles * TILE], k, v, window=(0, 0), q_offset=0, threads=threads)
+call(threads)       # an even share for each; starts them
+limit = entry("VmSize") + threads * {PER_THREAD}
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+call(200)
+"""
+
+
+@pytest.mark.parametrize("isa", _core.isa_names())
+def test_many_threads_split_keys_within_their_memory(output_of, isa):
+    """Partial results grow with the threads, not with their square. One malloc arena, because
+    each reserves addresses."""
+    script = f"TILE = {sizes.TILE[isa]}\n{MANY_THREADS}"
+    assert output_of(script, MHA_FAST_ISA=isa, MALLOC_ARENA_MAX="1") == ""
 
 
 def test_peak_before_the_call_hides_nothing(output_of):
