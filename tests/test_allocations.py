@@ -166,7 +166,8 @@ print(in_use() - before)
 
 
 INTERRUPTED = """
-import _thread, time
+import _thread, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell started us so
 def interrupt():
     _thread.interrupt_main()
     time.sleep(1)
