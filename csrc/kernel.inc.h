@@ -38,6 +38,7 @@
 
 static const mha_kernel FN(prefill) = {
     LANES,
+    VLEN,
     FN(prefill_state_bytes),
     FN(prefill_begin),
     FN(prefill_scores),
@@ -51,9 +52,16 @@ static const mha_kernel FN(prefill) = {
 
 static const mha_kernel FN(decode) = {
     (VLEN + 1) / 2, /* rows up to which keys in the lanes cost less, in cache as from DRAM */
-    FN(decode_state_bytes), FN(decode_begin),        FN(decode_scores),
-    FN(decode_softmax),     FN(decode_weighted_sum), FN(save),
-    FN(decode_merge),       FN(decode_finish),       FN(decode_write_scores),
+    VLEN,
+    FN(decode_state_bytes),
+    FN(decode_begin),
+    FN(decode_scores),
+    FN(decode_softmax),
+    FN(decode_weighted_sum),
+    FN(save),
+    FN(decode_merge),
+    FN(decode_finish),
+    FN(decode_write_scores),
 };
 
 static const mha_kernels FN(kernels) = {

@@ -140,7 +140,8 @@ typedef struct {
 } mha_tile;
 
 typedef struct {
-    int lanes; /* rows of a full tile */
+    int lanes;  /* rows of a full tile */
+    int vector; /* numbers in a vector */
     size_t (*state_bytes)(const mha_problem *);
     mha_tile *(*begin)(const mha_problem *, idx task); /* NULL: out of memory */
     int (*scores_block)(mha_tile *, idx block);        /* 0: no key of it is visible */

@@ -69,6 +69,7 @@ cdef extern from "mha.h" nogil:
 
     ctypedef struct mha_kernel:
         int lanes
+        int vector
         size_t (*state_bytes)(const mha_problem *) noexcept nogil
         mha_tile *(*begin)(const mha_problem *, idx task) noexcept nogil
         int (*scores_block)(mha_tile *, idx block) noexcept nogil

@@ -83,6 +83,28 @@ def use_isa(name):
     isa = mha_isa_at(i)
 
 
+def geometry():
+    """Sizes that tests, plans and caches need: keys in a block, blocks in a run, and for each
+    instruction set and compute dtype the rows of a tile, the numbers of a vector, and the rows up
+    to which keys lie in the lanes."""
+    cdef int i = 0
+    cdef const mha_isa *at = mha_isa_at(0)
+    sizes = {}
+    while at != NULL:
+        sizes[at.name.decode()] = {"float32": tile_sizes(at.f32), "float64": tile_sizes(at.f64)}
+        i += 1
+        at = mha_isa_at(i)
+    return {"key_block": MHA_KEY_BLOCK, "run": MHA_RUN, "isas": sizes}
+
+
+cdef dict tile_sizes(const mha_kernels *kernels):
+    return {
+        "tile": kernels.prefill.lanes,
+        "vector": kernels.prefill.vector,
+        "few": kernels.decode.lanes,
+    }
+
+
 def openmp_version():
     return MHA_OPENMP_VERSION
 
