@@ -45,6 +45,7 @@ enum {
 #define MHA_DTYPE(name, bytes, read, write) MHA_##name,
 #include "dtype.def"
 #undef MHA_DTYPE
+    MHA_DTYPES
 };
 
 /* What a mask or bias does to a block of scores. */

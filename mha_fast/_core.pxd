@@ -6,7 +6,8 @@ ctypedef Py_ssize_t idx
 
 
 cdef extern from "Python.h":
-    int PyErr_CheckSignals() noexcept      # the exception stays set for `run` to report
+    int PyErr_CheckSignals() noexcept      # the exception stays set for `carry_out` to report
+    long long PyLong_AsLongLongAndOverflow(object, int *overflow) except? -1
 
 
 cdef extern from "mha.h" nogil:
@@ -20,6 +21,7 @@ cdef extern from "mha.h" nogil:
         MHA_BF16
         MHA_F32
         MHA_F64
+        MHA_DTYPES
     idx MHA_OPEN
     idx MHA_MAX_DIM
 

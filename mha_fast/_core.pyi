@@ -7,26 +7,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 COMPILER: str
-OPEN: int
+FARTHEST: int
 
-def forward(
+class Question:
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    bias: Any
+    causal: Any
+    q_offset: Any
+    window: Any
+    kv_lengths: Any
+    scale: Any
+    plain: bool
+    def attend(
+        self,
+        out: Any = None,
+        return_lse: Any = False,
+        return_weights: Any = False,
+        threads: Any = None,
+        heads_of: NDArray[np.int64] | None = None,
+        rows_of: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None] | NotImplementedType: ...
+
+def ask(
     q: Any,
     k: Any,
     v: Any,
     mask: Any = None,
+    *,
     bias: Any = None,
     causal: Any = False,
+    q_offset: Any = None,
+    window: Any = None,
+    kv_lengths: Any = None,
     scale: Any = None,
-    threads: Any = None,
-    return_lse: bool = False,
-    out: NDArray[Any] | None = None,
-    q_offset: NDArray[np.int64] | None = None,
-    kv_lengths: NDArray[np.int64] | None = None,
-    window: tuple[int, int] | None = None,
-    return_weights: bool = False,
-    weights_heads: NDArray[np.int64] | None = None,
-    weights_rows: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None] | NotImplementedType: ...
+) -> Question: ...
+def overlaps_itself(array: NDArray[Any]) -> bool: ...
+def overlap(a: NDArray[Any], b: NDArray[Any] | None) -> bool: ...
 def linear(
     x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, threads: int | None
 ) -> NDArray[Any]: ...
@@ -37,7 +56,6 @@ def set_quota(count: int) -> None: ...
 def after_fork_in_child() -> None: ...
 def claim_threads(threads: int) -> int: ...
 def is_forked() -> bool: ...
-def set_bfloat16(number: int) -> None: ...
 def isa_names(usable: bool = True) -> list[str]: ...
 def get_isa() -> str: ...
 def use_isa(name: str | None) -> None: ...

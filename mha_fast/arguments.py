@@ -1,46 +1,12 @@
-"""What each argument means: defaults, conversions, every check and its message.
+"""Checks of one argument, each with its message: what was found, and what was expected."""
 
-`plain_arguments` turns what a user may pass into what `_core.forward` takes, or raises.
-"""
-
-import math
 import numbers
 
 import numpy as np
 
-from . import _core
+from ._core import overlap, overlaps_itself
 
 FLOATS = "float16, bfloat16, float32 or float64"
-FARTHEST = 2**53  # positions and windows beyond this are mistakes, and could overflow
-
-
-def plain_arguments(
-    q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset, kv_lengths,
-    window, return_weights, weights_heads, weights_rows,
-):  # fmt: skip
-    """The arguments of `_core.forward`, in its order; raises TypeError or ValueError."""
-    q, k, v = (floats(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    batch, heads = _batch_and_heads(q, k, v)
-    rows = (*batch, *heads, q.shape[-2])
-    mask = _term("mask", mask, (*rows, k.shape[-2]))
-    bias = _term("bias", bias, (*rows, k.shape[-2]))
-    q_offset = integers("q_offset", q_offset, batch, -FARTHEST, FARTHEST)
-    kv_lengths = integers("kv_lengths", kv_lengths, batch, 0, k.shape[-2])
-    if out is not None:
-        inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
-        out = _out(out, (*rows, v.shape[-1]), result_dtype(q, k, v), inputs)
-    for name, chosen in (("weights_heads", weights_heads), ("weights_rows", weights_rows)):
-        if chosen is not None and not return_weights:
-            raise ValueError(f"{name} is {chosen!r}, expected None without return_weights=True")
-    if weights_heads is not None and not heads:
-        raise ValueError("weights_heads needs a heads axis, found two-dimensional q, k and v")
-    return (
-        q, k, v, mask, bias, boolean("causal", causal), _scale(scale),
-        thread_count("threads", threads), bool(return_lse), out, q_offset, kv_lengths,
-        _window(window), bool(return_weights),
-        places_of("weights_heads", weights_heads, *heads),
-        places_of("weights_rows", weights_rows, q.shape[-2]),
-    )  # fmt: skip
 
 
 def plain_linear(x, weight, bias, threads):
@@ -72,13 +38,10 @@ def compute_dtype(*arrays):
 
 
 def is_float(dtype):
-    """Is it one of the storage dtypes? Shows the extension which number bfloat16 has."""
+    """Is it one of the storage dtypes?"""
     if dtype.kind == "f":
         return dtype.itemsize <= 8
-    if dtype.name == "bfloat16":  # after the others: NumPy takes 4 us to spell a name
-        _core.set_bfloat16(dtype.num)
-        return True
-    return False
+    return dtype.name == "bfloat16"  # last: NumPy takes 4 us to spell a name
 
 
 def plain_array(name, x):
@@ -108,27 +71,6 @@ def floats(name, x, least=("seqlen", "head_dim")):
     return x
 
 
-def _batch_and_heads(q, k, v):
-    """Broadcast batch shape, and the heads axis as a tuple: () for two-dimensional arrays."""
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k has head_dim {k.shape[-1]}, expected {q.shape[-1]} as in q")
-    if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"v has seqlen_k {v.shape[-2]}, expected {k.shape[-2]} as in k")
-    heads, kv_heads, v_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k, v))
-    if v_heads != kv_heads:
-        raise ValueError(f"v has {v_heads} heads, expected {kv_heads} as in k")
-    if heads % kv_heads if kv_heads else heads:
-        raise ValueError(f"k has {kv_heads} heads, which does not divide q's {heads}")
-    shapes = [x.shape[:-3] for x in (q, k, v)]
-    try:
-        batch = np.broadcast_shapes(*shapes)
-    except ValueError:
-        raise ValueError(
-            "leading axes of q, k and v do not broadcast: found {}, {} and {}".format(*shapes)
-        ) from None
-    return batch, (heads,) if max(q.ndim, k.ndim, v.ndim) > 2 else ()
-
-
 def check_broadcast(name, shape, target, axes):
     try:
         fits = np.broadcast_shapes(shape, target) == target
@@ -138,24 +80,6 @@ def check_broadcast(name, shape, target, axes):
         raise ValueError(
             f"{name} has shape {shape}, expected one that broadcasts to {axes} = {target}"
         )
-
-
-def _term(name, term, target):
-    """A mask or a bias."""
-    if term is None:
-        return None
-    term = plain_array(name, term)
-    kinds = f"bool (True = attend) or {FLOATS} (added to the scores)"
-    if name == "bias":
-        kinds = f"{FLOATS}; a bool array is a mask="
-    if not is_float(term.dtype) and (name == "bias" or term.dtype != np.bool_):
-        raise TypeError(
-            f"{name} has dtype {term.dtype}, expected {kinds}: {name}.astype(bool) as mask= "
-            f"or {name}.astype(np.float32)"
-        )
-    axes = "(..., heads, seqlen_q, seqlen_k)" if len(target) > 2 else "(seqlen_q, seqlen_k)"
-    check_broadcast(name, term.shape, target, axes)
-    return term
 
 
 def integers(name, x, batch, low, high):
@@ -168,7 +92,7 @@ def integers(name, x, batch, low, high):
     check_broadcast(name, x.shape, batch, "the batch axes")
     if x.size and not (low <= int(x.min()) and int(x.max()) <= high):
         raise ValueError(f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}")
-    return x.astype(np.int64)
+    return x.astype(np.int64, order="C")
 
 
 def places_of(name, chosen, length=1):
@@ -191,20 +115,6 @@ def places_of(name, chosen, length=1):
     if np.count_nonzero(places >= 0) < len(chosen):
         raise ValueError(f"{name} names an entry twice: {chosen.tolist()}")
     return places
-
-
-def _scale(scale):
-    if scale is None:
-        return None
-    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
-        raise TypeError(f"scale is {scale!r}, expected a number or None")
-    try:
-        value = float(scale)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"scale is {value!r}, expected a finite number")
-    return value
 
 
 def boolean(name, x):
@@ -230,47 +140,19 @@ def thread_count(name, count):
     return min(positive_int(name, count, "a positive int or None"), 2**20)
 
 
-def _window(window):
-    """Both sides as ints for `_core`, or None where all is open."""
-    if window is None:
-        return None
-    if not isinstance(window, (tuple, list)):
-        raise TypeError(f"window is {window!r}, expected a tuple (left, right)")
-    if len(window) != 2:
-        raise ValueError(f"window has {len(window)} entries, expected (left, right)")
-    sides = []
-    for side in window:
-        if side is not None and (not isinstance(side, numbers.Integral) or isinstance(side, bool)):
-            raise TypeError(f"window is {window!r}, expected ints or None as sides")
-        if side is not None and side < 0:
-            raise ValueError(f"window is {window!r}, expected sides of at least 0")
-        sides.append(_core.OPEN if side is None or side > FARTHEST else int(side))
-    return tuple(sides)
-
-
-def _out(out, shape, dtype, inputs):
-    """`out` as an exact ndarray, writeable and on its own."""
+def own_array(name, out, shape, dtype, inputs):
+    """An array to write to as an exact ndarray: writeable, without an overlap."""
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out is a {type(out).__name__}, expected an ndarray")
+        raise TypeError(f"{name} is a {type(out).__name__}, expected an ndarray")
     if out.dtype != dtype or not out.dtype.isnative:
-        raise TypeError(f"out has dtype {out.dtype.str}, expected {dtype}")
+        raise TypeError(f"{name} has dtype {out.dtype.str}, expected {dtype}")
     if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}, expected {shape}")
+        raise ValueError(f"{name} has shape {out.shape}, expected {shape}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only, expected a writeable array")
-    reach = out.itemsize
-    for step, length in sorted(zip(map(abs, out.strides), out.shape, strict=True)):
-        if out.size and length > 1 and step < reach:
-            raise ValueError("out overlaps itself: two of its elements share memory")
-        reach += step * (length - 1)
-    for name, x in inputs.items():
-        if x is not None and _overlap(out, x):
-            raise ValueError(f"out overlaps {name}, expected memory of its own")
+        raise ValueError(f"{name} is read-only, expected a writeable array")
+    if overlaps_itself(out):
+        raise ValueError(f"{name} overlaps itself: two of its elements share memory")
+    for other, x in inputs.items():
+        if overlap(out, x):
+            raise ValueError(f"{name} overlaps {other}, expected memory of its own")
     return np.asarray(out)
-
-
-def _overlap(a, b):
-    try:
-        return np.shares_memory(a, b, max_work=1000)
-    except np.exceptions.TooHardError:
-        return True

@@ -1,40 +1,9 @@
-"""The public functions. What their arguments mean in detail is in arguments.py."""
+"""The public function. What its options mean in detail is in options.py."""
 
-from typing import NamedTuple
-
-import numpy as np
-
-from ._core import forward
-from .arguments import plain_arguments
-
-
-class AttentionResult(NamedTuple):
-    """What `attention` returns with `return_lse`."""
-
-    out: np.ndarray
-    lse: np.ndarray
-
-
-class WeightsResult(NamedTuple):
-    """What `attention` returns with `return_weights`."""
-
-    out: np.ndarray
-    weights: np.ndarray
-
-
-class FullResult(NamedTuple):
-    """What `attention` returns with `return_lse` and `return_weights`."""
-
-    out: np.ndarray
-    lse: np.ndarray
-    weights: np.ndarray
-
-
-def named_result(out, lse, weights):
-    """`out`, or with what is not None a tuple of names."""
-    if weights is None:
-        return out if lse is None else AttentionResult(out, lse)
-    return WeightsResult(out, weights) if lse is None else FullResult(out, lse, weights)
+from ._core import ask
+from .arguments import boolean, own_array, places_of, result_dtype, thread_count
+from .options import checked, shape_of
+from .results import named_result
 
 
 def attention(
@@ -109,7 +78,7 @@ def attention(
     out : ndarray, shape (..., heads, seqlen_q, head_dim_v)
         Of dtype ``np.result_type(q, k, v)``. 16-bit floats are computed in float32. A row that
         sees no key is 0.
-    AttentionResult, WeightsResult or FullResult
+    AttentionResult
         With `return_lse` or `return_weights` the named tuple ``(out, lse)``, ``(out, weights)``
         or ``(out, lse, weights)``. ``lse (..., heads, seqlen_q)`` is in the compute dtype, natural
         logarithm, -inf for a row that sees no key. ``weights (..., heads, seqlen_q, seqlen_k)``
@@ -134,22 +103,56 @@ def attention(
     --------
     An indifferent query returns the mean of the values:
 
+    >>> import numpy as np
     >>> q = np.zeros((1, 2), np.float32)
     >>> k = np.ones((3, 2), np.float32)
     >>> v = np.arange(6, dtype=np.float32).reshape(3, 2)
     >>> attention(q, k, v)
     array([[2., 3.]], dtype=float32)
     """
-    result = NotImplemented
-    plain = not return_weights and weights_heads is None and weights_rows is None
-    if plain and out is None and window is None and q_offset is None and kv_lengths is None:
-        result = forward(q, k, v, mask, bias, causal, scale, threads, return_lse)
-    if result is NotImplemented:
-        result = forward(
-            *plain_arguments(
-                q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset,
-                kv_lengths, window, return_weights, weights_heads, weights_rows,
-            )
-        )  # fmt: skip
-    result, lse, weights = result
-    return named_result(result if out is None else out, lse, weights)
+    question = ask(
+        q, k, v, mask, bias=bias, causal=causal, q_offset=q_offset, window=window,
+        kv_lengths=kv_lengths, scale=scale,
+    )  # fmt: skip
+    if not question.plain:
+        question = checked(question)
+    results = NotImplemented
+    if weights_heads is None and weights_rows is None:
+        results = question.attend(out, return_lse, return_weights, threads)
+    if results is NotImplemented:
+        plain = checked_answers(question, out, return_lse, return_weights, threads)
+        results = question.attend(*plain, *places(question, plain[2], weights_heads, weights_rows))
+    if out is None:
+        out = results[0]
+    if not (return_lse or return_weights):
+        return out
+    return named_result(out, lse=results[1], weights=results[2])
+
+
+def checked_answers(question, out, return_lse, return_weights, threads):
+    """What is wanted of a question, plain; raises TypeError or ValueError."""
+    inputs = {name: getattr(question, name) for name in ("q", "k", "v", "mask", "bias")}
+    arrays = question.q, question.k, question.v
+    if out is not None:
+        shape = (*shape_of(*arrays).scores[:-1], question.v.shape[-1])
+        out = own_array("out", out, shape, result_dtype(*arrays), inputs)
+    return (
+        out,
+        boolean("return_lse", return_lse),
+        boolean("return_weights", return_weights),
+        thread_count("threads", threads),
+    )
+
+
+def places(question, return_weights, weights_heads, weights_rows):
+    """Where the weights of each head and row go: `places_of` both."""
+    shape = shape_of(question.q, question.k, question.v)
+    for name, chosen in (("weights_heads", weights_heads), ("weights_rows", weights_rows)):
+        if chosen is not None and not return_weights:
+            raise ValueError(f"{name} is {chosen!r}, expected None without return_weights=True")
+    if weights_heads is not None and not shape.heads:
+        raise ValueError("weights_heads needs a heads axis, found two-dimensional q, k and v")
+    return (
+        places_of("weights_heads", weights_heads, *shape.heads),
+        places_of("weights_rows", weights_rows, shape.seqlen_q),
+    )

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import FARTHEST, check_broadcast, floats, integers, plain_array
+from ._core import FARTHEST
+from .arguments import check_broadcast, floats, integers, plain_array
 
 
 def normalised_entropy(weights, *, rows=None):

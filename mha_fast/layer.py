@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 
-from ._core import forward
-from .arguments import compute_dtype, floats, thread_count
-from .attention import WeightsResult
+from .arguments import boolean, compute_dtype, floats, thread_count
+from .attention import attention
 from .layer_arguments import plain_tokens, score_terms
 from .layer_weights import (
     PACKED,
@@ -17,13 +16,14 @@ from .layer_weights import (
     without_heads,
 )
 from .projection import linear
+from .results import named_result
 from .weights_file import read_tensors, write_tensors
 
 
 class MultiHeadAttention:
     """Multi-head attention with its projections, as torch's `nn.MultiheadAttention` in eval mode.
 
-    ``batch_first`` is always so: (batch, seqlen, embed_dim), or (seqlen, embed_dim) alone.
+    Inputs are batch first: (batch, seqlen, embed_dim), or (seqlen, embed_dim) alone.
 
     Parameters
     ----------
@@ -40,13 +40,14 @@ class MultiHeadAttention:
     bias : bool
         Add biases after the projections, in and out.
     add_bias_kv, add_zero_attn : bool
-        Append a learned key and value, or ones of zeros, that every query sees.
+        Append a learned key and value, or a key and value of zeros, that every query sees.
     dtype : dtype
         float32 or float64: of the weights, the arithmetic and the results.
     seed : int or numpy.random.Generator, optional
         The same seed gives the same weights. They are drawn as torch does: input projections
         from Xavier's uniform distribution (Glorot and Bengio, AISTATS 2010), ``bias_k`` and
-        ``bias_v`` from his normal one, the output projection within ``1 / sqrt(fan_in)``, biases 0.
+        ``bias_v`` from Xavier's normal distribution, the output projection within
+        ``1 / sqrt(fan_in)``, biases 0.
 
     Attributes
     ----------
@@ -106,7 +107,7 @@ class MultiHeadAttention:
         vars(self).update(sizes._asdict())  # embed_dim, num_heads and so on
         self._sizes = sizes
         self.weights = weights
-        self.add_zero_attn = bool(add_zero_attn)
+        self.add_zero_attn = boolean("add_zero_attn", add_zero_attn)
         self.dtype = weights["out_proj.weight"].dtype
 
     def __call__(
@@ -155,7 +156,7 @@ class MultiHeadAttention:
         -------
         out : ndarray, shape (batch, seqlen_q, embed_dim) or (seqlen_q, embed_dim)
             Of the layer's dtype. A row that sees no key is ``out_proj.bias``.
-        WeightsResult
+        AttentionResult
             With `need_weights`: ``(out, weights)``; ``weights (batch, seqlen_q, seqlen_k)``, or
             ``(batch, num_heads, seqlen_q, seqlen_k)``. The keys of `add_bias_kv` and
             `add_zero_attn` stand after the others. Zeros in a row that sees no key.
@@ -166,6 +167,9 @@ class MultiHeadAttention:
             An argument has another dtype or shape.
         """
         threads = thread_count("threads", threads)
+        causal = boolean("causal", causal)
+        need_weights = boolean("need_weights", need_weights)
+        average_weights = boolean("average_weights", average_weights)
         query, key, value = plain_tokens(query, key, value, self._sizes, self.dtype)
         extra_keys = self.add_bias_kv + self.add_zero_attn
         mask, bias = score_terms(
@@ -174,17 +178,18 @@ class MultiHeadAttention:
         )  # fmt: skip
         q, k, v = self._project(query, key, value, threads)
         heads = np.empty((*query.shape[:-1], self.num_heads, self.head_dim), self.dtype)
-        _, _, weights = forward(
-            q, k, v, mask, bias, causal and not extra_keys, None, threads,
+        attended = attention(
+            q, k, v, mask, bias=bias, causal=causal and not extra_keys,
             out=heads.swapaxes(-2, -3),  # so the output projection reads contiguous rows
-            return_weights=need_weights,
+            return_weights=need_weights, threads=threads,
         )  # fmt: skip
         heads = heads.reshape(*query.shape[:-1], self.num_heads * self.head_dim)
         out_bias = self.weights.get("out_proj.bias")
         out = linear(heads, self.weights["out_proj.weight"], out_bias, threads=threads)
         if not need_weights:
             return out
-        return WeightsResult(out, weights.mean(axis=-3) if average_weights else weights)
+        weights = attended.weights
+        return named_result(out, weights=weights.mean(axis=-3) if average_weights else weights)
 
     def __repr__(self):
         defaults = {

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .arguments import FLOATS, boolean, floats, is_float, plain_array
+from .arguments import FLOATS, floats, is_float, plain_array
 
 
 def plain_tokens(query, key, value, sizes, dtype):
@@ -40,7 +40,7 @@ def score_terms(attn_mask, key_padding_mask, causal, scores, num_heads, extra_ke
     rows = (seqlen_q, seqlen_k)
     attn = _mask("attn_mask", attn_mask, rows, (math.prod(batch) * num_heads, *rows))
     padding = _mask("key_padding_mask", key_padding_mask, (*batch, seqlen_k))
-    if boolean("causal", causal) and extra_keys:
+    if causal and extra_keys:
         attn = _hide_later(attn, *rows)
     if attn is not None:
         attn = attn if attn.ndim == 2 else attn.reshape(*batch, num_heads, *rows)

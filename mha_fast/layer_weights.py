@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import positive_int
+from .arguments import boolean, positive_int
 
 PACKED = "in_proj_weight"
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -79,7 +79,8 @@ def sizes_of_arguments(
             f"num_kv_heads is {num_kv_heads}, expected a divisor of num_heads, {num_heads}"
         )
     return Sizes(
-        embed_dim, num_heads, num_kv_heads, head_dim, kdim, vdim, bool(bias), bool(add_bias_kv),
+        embed_dim, num_heads, num_kv_heads, head_dim, kdim, vdim, boolean("bias", bias),
+        boolean("add_bias_kv", add_bias_kv),
         packed=kdim == vdim == embed_dim,
     )  # fmt: skip
 

@@ -1,12 +1,11 @@
 """The same functions in plain NumPy: the specification, and the oracle of the tests.
 
-Scores are stored whole, so memory grows with ``seqlen_q * seqlen_k``.
+Nothing is checked here, and scores are stored whole, so memory grows with ``seqlen_q * seqlen_k``.
 """
 
 import numpy as np
 
-from .arguments import compute_dtype, plain_arguments, plain_linear, result_dtype
-from .attention import named_result
+from .results import named_result
 
 
 def attention(
@@ -38,58 +37,47 @@ def attention(
     >>> attention(q, k, v)
     array([[2., 3.]], dtype=float32)
     """
-    (q, k, v, mask, bias, causal, scale, _, _, out, q_offset, kv_lengths, window, *_) = (
-        plain_arguments(
-            q, k, v, mask, bias, causal, scale, threads, return_lse, out, q_offset, kv_lengths,
-            window, return_weights, weights_heads, weights_rows,
-        )
-    )  # fmt: skip
-    dtype = result_dtype(q, k, v)
-    compute = compute_dtype(q, k, v)
-    without_heads = max(q.ndim, k.ndim, v.ndim) == 2
-    # One axis for the KV heads, one for the query heads that share each of them:
-    k, v = (x.reshape(*x.shape[:-2], 1, *x.shape[-2:]).astype(compute) for x in (k, v))
-    kv_heads = k.shape[-4] if k.ndim > 3 else 1
-    heads = q.shape[-3] if q.ndim > 2 else 1
-    group_size = heads // max(kv_heads, 1)
-    batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-4], v.shape[:-4])
-    q = q.astype(compute).reshape(*q.shape[:-3], kv_heads, group_size, *q.shape[-2:])
-    rows, keys = (heads, q.shape[-2]), k.shape[-2]
+    (q, k, v), dtype, compute = _floats(q, k, v)
+    has_heads = max(x.ndim for x in (q, k, v)) > 2
+    q, k, v = (x.reshape((1,) * (3 - x.ndim) + x.shape) for x in (q, k, v))
+    group_size = q.shape[-3] // max(k.shape[-3], 1)
+    k, v = (np.repeat(x, group_size, axis=-3) for x in (k, v))
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
 
-    s = compute.type(scale) * (q @ k.swapaxes(-1, -2))  # (..., kv_heads, group, seqlen_q, seqlen_k)
-    s = s.reshape(*s.shape[:-4], *rows, keys)
-    s = np.broadcast_to(s, (*batch, *rows, keys))
-    visible = _interval(batch, rows[1], keys, causal, q_offset, kv_lengths, window)
+    s = compute.type(scale) * (q @ k.swapaxes(-1, -2))
+    seen = visible(*s.shape[-2:], causal, q_offset, window, kv_lengths)
     for term in (mask, bias):
-        if term is not None and term.dtype == bool:
-            visible = visible & term
+        if term is not None and np.asarray(term).dtype == bool:
+            seen = seen & term
         elif term is not None:
-            visible = visible & (term != -np.inf)
-            s = s + _narrow(term, compute)
-    visible = np.broadcast_to(visible, s.shape)
-    s = np.where(visible, s, -np.inf)
+            seen = seen & (np.asarray(term) != -np.inf)
+            s = s + _narrow(np.asarray(term), compute)
+    batch = np.broadcast_shapes(s.shape[:-3], v.shape[:-3])
+    s, seen = (np.broadcast_to(x, batch + s.shape[-3:]) for x in (s, seen))
+    s = np.where(seen, s, -np.inf)
 
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
-    p = np.exp(s - np.where(m == -np.inf, 0, m))
+    m = np.where(m == -np.inf, 0, m)
+    p = np.exp(s - m)
     l = p.sum(axis=-1, keepdims=True)  # noqa: E741
-    p = np.divide(p, l, out=np.zeros_like(p), where=visible & (l != 0))
-    grouped = (*batch, kv_heads, group_size, rows[1], keys)
-    result = _weighted_sum(p.reshape(grouped), visible.reshape(grouped), v)
-    result = result.reshape(*batch, *(rows[1:] if without_heads else rows), v.shape[-1])
+    weights = np.divide(p, l, out=np.zeros_like(p), where=seen & (l != 0))
+    result = _weighted_sum(weights, seen, v)
     with np.errstate(divide="ignore"):
-        lse = (np.where(m == -np.inf, 0, m) + np.log(l)).reshape(result.shape[:-1])
+        lse = (m + np.log(l))[..., 0]
+
+    if not has_heads:
+        result, lse, weights = result[..., 0, :, :], lse[..., 0, :], weights[..., 0, :, :]
+    if weights_heads is not None:
+        weights = np.take(weights, np.asarray(weights_heads, int), axis=-3)
+    if weights_rows is not None:
+        weights = np.take(weights, np.asarray(weights_rows, int), axis=-2)
     if out is None:
-        out = result.astype(dtype)
-    else:
-        out[...] = result
-    weights = None
-    if return_weights:
-        for axis, chosen in ((-3, weights_heads), (-2, weights_rows)):
-            p = p if chosen is None else np.take(p, np.asarray(chosen, int), axis)
-        weights = p[..., 0, :, :] if without_heads else p
-    return named_result(out, lse if return_lse else None, weights)
+        out = np.empty(result.shape, dtype)
+    out[...] = result
+    return named_result(
+        out, lse=lse if return_lse else None, weights=weights if return_weights else None
+    )
 
 
 def linear(x, weight, bias=None, *, threads=None):
@@ -100,30 +88,36 @@ def linear(x, weight, bias=None, *, threads=None):
     >>> linear([[1.0, 2.0]], [[1.0, 0.0], [1.0, 1.0]])
     array([[1., 3.]])
     """
-    x, weight, bias, _ = plain_linear(x, weight, bias, threads)
-    compute = compute_dtype(x, weight)
-    product = x.astype(compute) @ weight.astype(compute).T
-    return (product if bias is None else product + bias).astype(result_dtype(x, weight))
+    (x, weight), dtype, compute = _floats(x, weight)
+    product = x @ weight.T
+    return (product if bias is None else product + np.asarray(bias, compute)).astype(dtype)
 
 
-def _interval(batch, seqlen_q, seqlen_k, causal, q_offset, kv_lengths, window):
-    """Which keys each row may see by position: bool (batch..., 1, seqlen_q, seqlen_k)."""
-
-    def per_batch_row(x):
-        return np.broadcast_to(x, batch)[..., None, None, None]
-
-    length = per_batch_row(seqlen_k if kv_lengths is None else kv_lengths)
-    offset = length - seqlen_q if q_offset is None else per_batch_row(q_offset)
+def visible(seqlen_q, seqlen_k, causal=False, q_offset=None, window=None, kv_lengths=None):
+    """Which keys a row may see by position: bool (batch..., 1, seqlen_q, seqlen_k)."""
+    length = np.asarray(seqlen_k if kv_lengths is None else kv_lengths, np.int64)
+    offset = length - seqlen_q if q_offset is None else np.asarray(q_offset, np.int64)
+    length, offset = (x[..., None, None, None] for x in (length, offset))  # heads, rows, keys
     position = np.arange(seqlen_q)[:, None] + offset
     key = np.arange(seqlen_k)
-    visible = (key < length) & (position == position)
+    left, right = (None, None) if window is None else window
+    seen = key < length
     if causal:
-        visible &= key <= position
-    if window is not None:
-        left, right = window
-        visible &= key >= position - min(left, seqlen_k + np.abs(offset).max(initial=0))
-        visible &= key <= position + min(right, seqlen_k + np.abs(offset).max(initial=0))
-    return visible
+        seen = seen & (key <= position)
+    if left is not None:
+        seen = seen & (key >= position - left)
+    if right is not None:
+        seen = seen & (key <= position + right)
+    return np.broadcast_to(seen, np.broadcast_shapes(seen.shape, position.shape, (1, 1, 1)))
+
+
+def _floats(*arrays):
+    """The arrays in the compute dtype, the result's dtype, the compute dtype."""
+    arrays = [np.asarray(x) for x in arrays]
+    dtypes = {x.dtype for x in arrays}
+    compute = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    dtype = dtypes.pop() if len(dtypes) == 1 else compute
+    return [x.astype(compute) for x in arrays], dtype, compute
 
 
 def _narrow(term, compute):
@@ -134,7 +128,7 @@ def _narrow(term, compute):
     return np.where(np.isfinite(term), np.clip(narrow, -limit, limit), narrow)
 
 
-def _weighted_sum(p, visible, v):
+def _weighted_sum(p, seen, v):
     """``p @ v``, where an Inf or NaN in `v` reaches the rows that see it and no other."""
     finite = np.isfinite(v)
     if finite.all():
@@ -142,7 +136,7 @@ def _weighted_sum(p, visible, v):
     result = p @ np.where(finite, v, 0)
     for special in (np.inf, -np.inf, np.nan):
         here = np.isnan(v) if np.isnan(special) else v == special
-        seen = visible.astype(v.dtype) @ here.astype(v.dtype) > 0
+        reached = seen.astype(v.dtype) @ here.astype(v.dtype) > 0
         with np.errstate(invalid="ignore"):
-            result = result + np.where(seen, special, 0).astype(v.dtype)
+            result = result + np.where(reached, special, 0).astype(v.dtype)
     return result

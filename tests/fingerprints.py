@@ -1,5 +1,4 @@
-"""Hashes of the results of random calls, to compare two builds: a change that may change no bit gives
-the same file.
+"""Hashes of the results of random calls: a change that may change no bit gives the same file.
 
     python tests/fingerprints.py > before     (the old build)
     python tests/fingerprints.py | diff before -
