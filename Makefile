@@ -1,7 +1,7 @@
 # Thin aliases; each creates what it needs in .venv. Nothing here is needed to use the package.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* csrc/* csrc/isa/*)
+SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* mha_fast/*/*.py csrc/* csrc/isa/*)
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := $(addprefix tests/test_,guard_pages.py properties.py errors.py)
 TORCH := torch==2.13.0 transformers==5.24.0

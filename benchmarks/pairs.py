@@ -40,7 +40,7 @@ class Pair(Problem):
         return {name: str(getattr(self, name)) for name in names}
 
     def make_inputs(self, seed=0):
-        from mha_fast import doctor
+        from mha_fast.process import doctor
 
         return doctor.arrays(self.tokens, seed)
 
@@ -59,7 +59,7 @@ class Part(MhaFast):
     holds = ()
 
     def prepare(self, case, inputs):
-        from mha_fast import doctor
+        from mha_fast.process import doctor
 
         return doctor.calls(**inputs)[self.name]
 
@@ -88,7 +88,7 @@ def pair_sizes():
     """The doctor's sizes."""
     if not Part.installed():
         return []
-    from mha_fast import doctor
+    from mha_fast.process import doctor
 
     return [Pair(f"pair_s{n}", n, doctor.WIDTH, doctor.HEADS) for n in doctor.TOKENS]
 

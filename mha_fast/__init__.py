@@ -2,11 +2,11 @@
 
 from . import heads, reference
 from .attention import attention
-from .config import show_config
-from .layer import MultiHeadAttention
-from .projection import linear
+from .model.layer import MultiHeadAttention
+from .model.projection import linear
+from .process.config import show_config
+from .process.threads import get_num_threads, set_num_threads
 from .results import AttentionResult
-from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 

@@ -2,9 +2,9 @@
 
 import argparse
 
-from .config import show_config
-from .doctor import doctor
-from .view import add_command
+from .process.config import show_config
+from .process.doctor import doctor
+from .viz.view import add_command
 
 
 def main():

@@ -9,22 +9,6 @@ from ._core import overlap, overlaps_itself
 FLOATS = "float16, bfloat16, float32 or float64"
 
 
-def plain_linear(x, weight, bias, threads):
-    """The arguments of `linear`, checked; bias dense and aligned, in the compute dtype."""
-    x = floats("x", x, ("width",))
-    weight = floats("weight", weight, ("outputs", "width"))
-    if weight.ndim > 2:
-        raise ValueError(f"weight has shape {weight.shape}, expected (outputs, width)")
-    if weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has width {weight.shape[1]}, expected {x.shape[-1]} as in x")
-    if bias is not None:
-        bias = floats("bias", bias, ("outputs",))
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {bias.shape}, expected {weight.shape[:1]}")
-        bias = np.require(bias, compute_dtype(x, weight), ["C", "ALIGNED"])
-    return x, weight, bias, thread_count("threads", threads)
-
-
 def result_dtype(*arrays):
     """NumPy's promotion of floats, where float16 beside bfloat16 is float32."""
     dtypes = {x.dtype for x in arrays}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import mha_fast
-from mha_fast import _core, doctor
+from mha_fast import _core
+from mha_fast.process import doctor
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mha_fast import viz
-from mha_fast._pictures import COLOURS
+from mha_fast.viz._pictures import COLOURS
 
 matplotlib = pytest.importorskip("matplotlib", reason='pip install "mha_fast[viz]"')
 plotly = pytest.importorskip("plotly", reason='pip install "mha_fast[viz]"')
@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_exit_code_two_and_no_file(files, capsys, monkeypa
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_other(files, monkeypatch):
-    from mha_fast.view import view
+    from mha_fast.viz.view import view
 
     (files / "page.svg").write_text("old")
     before = set(files.iterdir())

@@ -13,7 +13,7 @@ import pytest
 from judge import assert_same
 
 from mha_fast import viz
-from mha_fast._pictures import COLOURS
+from mha_fast.viz._pictures import COLOURS
 
 needs = 'pip install "mha_fast[viz]"'
 pytest.importorskip("matplotlib", reason=needs)

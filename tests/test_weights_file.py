@@ -13,7 +13,7 @@ import sizes
 from judge import assert_same
 
 from mha_fast import MultiHeadAttention
-from mha_fast.weights_file import EXPANSION, read_tensors, write_tensors
+from mha_fast.model.weights_file import EXPANSION, read_tensors, write_tensors
 
 MEBIBYTE = 2**20
 FLOATS = "expected float16, bfloat16, float32 or float64"

@@ -13,8 +13,8 @@ from importlib import import_module
 
 import numpy as np
 
+from ..arguments import compute_dtype, floats, places_of, plain_array
 from . import _pictures
-from .arguments import compute_dtype, floats, places_of, plain_array
 
 THRESHOLD = 0.05
 MOST_LINES = 2000  # a page with more is slow to draw and shows nothing

@@ -8,8 +8,8 @@ container's CPU quota where neither variable is set. Small calls use fewer, or o
 import math
 import os
 
-from . import _core
-from .arguments import thread_count
+from .. import _core
+from ..arguments import thread_count
 
 VARIABLE = "MHA_FAST_NUM_THREADS"
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .arguments import FLOATS, floats, is_float, plain_array
+from ..arguments import FLOATS, floats, is_float, plain_array
 
 
 def plain_tokens(query, key, value, sizes, dtype):

@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 
-from .arguments import boolean, compute_dtype, floats, thread_count
-from .attention import attention
+from ..arguments import boolean, compute_dtype, floats, thread_count
+from ..attention import attention
+from ..results import named_result
 from .layer_arguments import plain_tokens, score_terms
 from .layer_weights import (
     PACKED,
@@ -16,7 +17,6 @@ from .layer_weights import (
     without_heads,
 )
 from .projection import linear
-from .results import named_result
 from .weights_file import read_tensors, write_tensors
 
 

@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
-from .attention import attention
-from .projection import linear
+from ..attention import attention
+from ..model.projection import linear
 
 TOKENS = (16, 128, 512)
 WIDTH, HEADS = 768, 12
@@ -78,7 +78,7 @@ def _mean_ratio(times, others):
 
 
 def _measure_elsewhere(variables):
-    command = [sys.executable, "-P", "-c", "from mha_fast import doctor; doctor.measure()"]
+    command = [sys.executable, "-P", "-c", "from mha_fast.process import doctor; doctor.measure()"]
     done = subprocess.run(
         command, env={**os.environ, **variables}, capture_output=True, text=True, check=True
     )

@@ -2,8 +2,10 @@
 
 import math
 
-from . import _core
-from .arguments import plain_linear
+import numpy as np
+
+from .. import _core
+from ..arguments import compute_dtype, floats, thread_count
 
 
 def linear(x, weight, bias=None, *, threads=None):
@@ -52,3 +54,19 @@ def linear(x, weight, bias=None, *, threads=None):
     x, weight, bias, threads = plain_linear(x, weight, bias, threads)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return _core.linear(rows, weight, bias, threads).reshape(*x.shape[:-1], len(weight))
+
+
+def plain_linear(x, weight, bias, threads):
+    """The arguments of `linear`, checked; bias dense and aligned, in the compute dtype."""
+    x = floats("x", x, ("width",))
+    weight = floats("weight", weight, ("outputs", "width"))
+    if weight.ndim > 2:
+        raise ValueError(f"weight has shape {weight.shape}, expected (outputs, width)")
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has width {weight.shape[1]}, expected {x.shape[-1]} as in x")
+    if bias is not None:
+        bias = floats("bias", bias, ("outputs",))
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {bias.shape}, expected {weight.shape[:1]}")
+        bias = np.require(bias, compute_dtype(x, weight), ["C", "ALIGNED"])
+    return x, weight, bias, thread_count("threads", threads)

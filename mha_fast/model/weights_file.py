@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from .arguments import FLOATS, floats, is_float
+from ..arguments import FLOATS, floats, is_float
 
 # A compressed npz may grow to so many times the file's size. Weights hardly shrink; a bomb does.
 EXPANSION = 16

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import boolean, positive_int
+from ..arguments import boolean, positive_int
 
 PACKED = "in_proj_weight"
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

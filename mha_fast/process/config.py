@@ -5,7 +5,8 @@ import platform
 
 import numpy as np
 
-from . import _core, threads
+from .. import _core
+from . import threads
 
 VARIABLES = ("MHA_FAST_ISA", threads.VARIABLE, "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -48,7 +49,7 @@ def _config():
     # Here, not above: 5 ms that `import mha_fast` need not pay.
     from threadpoolctl import threadpool_info
 
-    from . import __version__
+    from .. import __version__
 
     pools = [
         f"{pool['internal_api']} ({pool['num_threads']} threads)" for pool in threadpool_info()

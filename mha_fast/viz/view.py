@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import viz
+from .. import viz
 
 KINDS = {"head": viz.head_view, "heatmap": viz.heatmap, "model": viz.model_view}
 SUFFIXES = {".html": "plotly", ".png": "matplotlib", ".svg": "matplotlib"}

@@ -1,0 +1,1 @@
+"""What a model needs around attention: products, the layer, files of weights."""

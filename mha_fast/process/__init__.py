@@ -1,0 +1,1 @@
+"""What the process has and has chosen: threads, instruction sets, advice."""
