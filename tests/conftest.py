@@ -24,10 +24,8 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(params=_core.isa_names())
 def isa(request):
     """Compute with this instruction set during the test."""
-    before = _core.get_isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
+    with sizes.computing_with(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=sizes.DTYPES, ids=str)

@@ -1,15 +1,24 @@
-"""The sizes and arrays that all tests draw from.
+"""The sizes, instruction sets and arrays that all tests draw from."""
 
-The constants repeat the kernel's; test_house_rules.py compares them with the source.
-"""
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
 
-KEY_BLOCK = 192
-VECTOR = {"avx512": 16, "avx2": 8, "generic": 4}  # float32 numbers in a vector
-TILE = {"avx512": 64, "avx2": 24, "generic": 8}  # query rows in a float32 tile
-FEW = {isa: (n + 1) // 2 for isa, n in VECTOR.items()}  # rows that decode takes
+from mha_fast import _core
+
+GEOMETRY = _core.geometry()
+KEY_BLOCK = GEOMETRY["key_block"]
+
+
+def of_every_isa(size):
+    """The size of a float32 tile for each instruction set."""
+    return {isa: tiles["float32"][size] for isa, tiles in GEOMETRY["isas"].items()}
+
+
+VECTOR = of_every_isa("vector")  # numbers in a vector
+TILE = of_every_isa("tile")  # query rows in a tile
+FEW = of_every_isa("few")  # rows that decode takes
 PRIMES = (3, 5, 13, 31, 67, 101)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -30,7 +39,27 @@ HEAD_DIMS = sorted({1, *PRIMES, *around(*VECTOR.values(), 64), 128})
 
 def tile(isa, dtype):
     """Query rows in a tile of this ISA and storage dtype."""
-    return TILE[isa] // 2 if dtype == np.float64 else TILE[isa]
+    real = "float64" if dtype == np.float64 else "float32"
+    return GEOMETRY["isas"][isa][real]["tile"]
+
+
+@contextmanager
+def computing_with(isa):
+    """Compute with this instruction set, and then with the one before."""
+    before = _core.get_isa()
+    _core.use_isa(isa)
+    try:
+        yield
+    finally:
+        _core.use_isa(before)
+
+
+def on_every_isa(function):
+    """(name, result) of each instruction set, the fastest first."""
+    for isa in _core.isa_names():
+        with computing_with(isa):
+            result = function()
+        yield isa, result
 
 
 def random(*shape, dtype=np.float32, seed=0):

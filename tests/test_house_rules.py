@@ -40,18 +40,6 @@ def test_isas_listed_are_the_files_there_are():
     assert set(listed("isa.def", "MHA_ISA")) == files
 
 
-def test_sizes_of_the_tests_are_those_of_the_kernel():
-    assert set(sizes.TILE) == set(sizes.VECTOR) == set(listed("isa.def", "MHA_ISA"))
-    block = re.search(r"MHA_KEY_BLOCK = (\d+)", (CSRC / "mha.h").read_text())
-    assert int(block[1]) == sizes.KEY_BLOCK
-    assert "(VLEN + 1) / 2, /* rows" in (CSRC / "kernel.inc.h").read_text()
-    for isa, tile in sizes.TILE.items():
-        text = (CSRC / "isa" / f"{isa}.c").read_text()
-        vectors = int(re.search(r"#define NV (\d+)", text)[1])
-        lanes = int(re.search(r"#define VLEN (\d+)", text)[1])
-        assert (lanes, vectors * lanes) == (sizes.VECTOR[isa], tile)
-
-
 def test_dtypes_of_the_tests_are_those_of_the_kernel():
     short = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
     names = [short[dtype.name] for dtype in sizes.DTYPES]

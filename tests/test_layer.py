@@ -1,6 +1,7 @@
 """A layer's call: values, masks, bits, memory, and messages."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import oracle_layer
@@ -10,7 +11,7 @@ from judge import assert_same, assert_within
 from layers import BATCH, EACH, EMBED, HEADS, LAYERS, layer_of, tokens
 from sizes import random_mask
 
-from mha_fast import MultiHeadAttention, _core, attention, linear
+from mha_fast import MultiHeadAttention, attention, linear
 
 CALLS = [
     {"causal": causal, "attn_mask": attn, "key_padding_mask": padding}
@@ -127,14 +128,12 @@ def test_a_batch_entry_has_the_same_bits_alone_and_without_its_padding(isa, more
 
 def test_bits_are_those_of_one_thread_and_of_every_isa():
     layer = MultiHeadAttention(256, 8, seed=0)
-    x, before, expected = tokens(2, 131, 256), _core.get_isa(), None
-    for name in _core.isa_names():
-        _core.use_isa(name)
-        for threads in (1, 2, 3):
-            result = layer(x, causal=True, need_weights=True, threads=threads)
-            expected = result if expected is None else expected
+    x = tokens(2, 131, 256)
+    expected = layer(x, causal=True, need_weights=True, threads=1)
+    for threads in (1, 2, 3):
+        call = partial(layer, x, causal=True, need_weights=True, threads=threads)
+        for name, result in sizes.on_every_isa(call):
             assert_same(result, expected, f"{name}, {threads} threads")
-    _core.use_isa(before)
 
 
 def test_products_taken_together_or_apart_have_the_same_bits():

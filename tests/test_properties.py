@@ -94,15 +94,11 @@ LAYOUTS = strategies.sampled_from([reversed_memory, every_second, fortran, np.co
 @given(problems(), strategies.data())
 def test_any_problem_is_accurate_in_any_layout(problem, data):
     arrays, chosen = problem
-    before = _core.get_isa()
-    _core.use_isa(data.draw(strategies.sampled_from(_core.isa_names())))
-    try:
+    with sizes.computing_with(data.draw(strategies.sampled_from(_core.isa_names()))):
         result = attention(**arrays, return_lse=True, **chosen)
         moved = {name: data.draw(LAYOUTS)(x) for name, x in arrays.items()}
         out = data.draw(LAYOUTS)(np.empty_like(result.out))
         threads = data.draw(strategies.integers(1, 4))
         again = attention(**moved, out=out, threads=threads, return_lse=True, **chosen)
-    finally:
-        _core.use_isa(before)
     assert_same(again, result)
     assert_accurate(result, **arrays, **chosen)
