@@ -1,4 +1,4 @@
-"""Fixtures: every ISA of this machine, dtypes, and a fresh process."""
+"""Fixtures: every ISA of this machine, dtypes, options, and a fresh process."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import hypothesis
 import pytest
 import sizes
+from options import OPTIONS, PLAIN
 
 import mha_fast
 from mha_fast import _core
@@ -37,6 +38,12 @@ def dtype(request):
 @pytest.fixture(params=sizes.REALS, ids=str)
 def real(request):
     """Every compute dtype."""
+    return request.param
+
+
+@pytest.fixture(params=[PLAIN, *OPTIONS.values()], ids=["plain", *OPTIONS])
+def option(request):
+    """Every option by itself: a function of q, k and v."""
     return request.param
 
 

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import sizes
 from judge import assert_accurate, assert_same
+from options import INTERVALS, OPTIONS, PAIRS, PLAIN, pair_of
 from sizes import KEY_BLOCK, additive, qkv, random_mask
 
 from mha_fast import attention, reference
@@ -102,29 +103,20 @@ def test_canary_a_mask_off_by_one_is_caught():
     assert not np.array_equal(weights > 0, drawing(DRAWN[1][1]))
 
 
-STRUCTURES = [
-    {"causal": True},
-    {"causal": True, "q_offset": 0},
-    {"causal": True, "q_offset": [-30, 250]},
-    {"window": (10, 3)},
-    {"window": (None, 0)},
-    {"window": (20, None)},
-    {"window": (KEY_BLOCK, 0), "causal": True},
-    {"kv_lengths": KEY_BLOCK - 1},
-    {"kv_lengths": [KEY_BLOCK + 1, 5], "causal": True},
-    {"kv_lengths": [0, KEY_BLOCK], "window": (100, 7), "q_offset": [5, 60]},
-]
+STRUCTURES = [(a, b) for a, b in PAIRS if {a, b} <= set(INTERVALS)]
+STRUCTURES += [(name, name) for name in INTERVALS]
 
 
-@pytest.mark.parametrize("options", STRUCTURES, ids=str)
-@pytest.mark.parametrize("step", [-1, 0, 1])
-def test_structure_equals_the_bool_mask_that_says_the_same(isa, real, options, step):
-    seqlen_q, seqlen_k = sizes.tile(isa, real) + step, KEY_BLOCK + 66 + step
-    q, k, v = qkv(seqlen_q, seqlen_k, 5, heads=6, kv_heads=2, dtype=real)
-    result = attention(q, k, v, return_lse=True, **options)
-    mask = oracle.visible(seqlen_q, seqlen_k, **options)
-    assert_same(result, attention(q, k, v, mask, return_lse=True))
-    assert_accurate(result, q, k, v, **options)
+@pytest.mark.parametrize("names", STRUCTURES, ids=" and ".join)
+def test_structure_equals_the_bool_mask_that_says_the_same(isa, real, names):
+    for step in (-1, 0, 1):
+        seqlen_q, seqlen_k = sizes.tile(isa, real) + step, KEY_BLOCK + 66 + step
+        q, k, v = qkv(seqlen_q, seqlen_k, 5, heads=6, kv_heads=2, dtype=real)
+        options = pair_of(names, q, k, v)
+        result = attention(q, k, v, return_lse=True, **options)
+        mask = oracle.visible(seqlen_q, seqlen_k, **options)
+        assert_same(result, attention(q, k, v, mask, return_lse=True))
+        assert_accurate(result, q, k, v, **options)
 
 
 @pytest.mark.parametrize("size", [1, *sizes.PRIMES, *sizes.around(KEY_BLOCK)])
@@ -225,12 +217,22 @@ NOTHING_SEEN = [
 ]
 
 
-@pytest.mark.parametrize("options", NOTHING_SEEN, ids=lambda o: "-".join(o))
-def test_row_that_sees_no_key_is_zero_and_its_lse_is_minus_infinity(isa, dtype, options):
+@pytest.mark.parametrize("hide", NOTHING_SEEN, ids=lambda o: "-".join(o))
+def test_row_that_sees_no_key_is_zero_under_every_option(isa, dtype, hide):
     q, k, v = qkv(19, 201, dtype=dtype)
-    out, lse = attention(q, k, v, return_lse=True, **options)
-    assert_same(out, np.zeros_like(out))
-    assert (lse == -INF).all()
+    for row in (PLAIN, *OPTIONS.values()):
+        options = row(q, k, v) | hide
+        result = attention(q, k, v, return_lse=True, return_weights=True, **options)
+        answer = oracle.attention(q, k, v, wide=np.float64, **options)
+        assert_same(result.out, np.zeros_like(result.out))
+        assert_same(result.weights, np.zeros_like(result.weights))
+        assert_same(result.lse, answer.lse.astype(result.lse.dtype))
+
+
+def test_rows_that_see_no_key_have_an_lse_of_minus_infinity():
+    q, k, v = qkv(19, 201)
+    for hide in NOTHING_SEEN:
+        assert (attention(q, k, v, return_lse=True, **hide).lse == -INF).all()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4])

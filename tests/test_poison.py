@@ -5,85 +5,89 @@ import oracle
 import pytest
 import sizes
 from judge import assert_same
+from options import INTERVALS, OPTIONS, PAIRS, pair_of
 from sizes import KEY_BLOCK, qkv, random_mask
 
 from mha_fast import attention, reference
 
 POISONS = [np.nan, np.inf, -np.inf]
 SEQLEN_Q, SEQLEN_K = 67, 2 * KEY_BLOCK + 9
-
-HIDING = {
-    "kv_lengths": {"kv_lengths": KEY_BLOCK + 5},
-    "kv_lengths per row": {"kv_lengths": [7, KEY_BLOCK]},
-    "causal": {"causal": True, "q_offset": 50},
-    "window": {"window": (30, 20), "q_offset": KEY_BLOCK},
-    "column mask": {"mask": np.arange(SEQLEN_K) % 3 > 0},
-    "block mask": {"mask": np.arange(SEQLEN_K) // KEY_BLOCK != 1},
-    "ragged mask": {"mask": random_mask(SEQLEN_Q, SEQLEN_K, visible=0.02)},
-    "float mask": {"mask": np.where(random_mask(SEQLEN_K), 0.5, -np.inf)},
-    "bias": {"bias": np.where(random_mask(SEQLEN_K), 0.5, -np.inf)},
-    "mask and bias": {
-        "mask": random_mask(SEQLEN_K, visible=0.5),
-        "bias": np.where(random_mask(SEQLEN_K, seed=1), 0.5, -np.inf),
-    },
-}
+SLOTS = [0, 40, KEY_BLOCK, KEY_BLOCK + 70, SEQLEN_K - 1]
 
 
-def seen(mask=True, bias=0.0, **structure):
+def arrays(dtype=np.float32):
+    return qkv(SEQLEN_Q, SEQLEN_K, 5, 9, dtype=dtype)
+
+
+def seen(options):
     """Which keys each row sees: (2, 2, SEQLEN_Q, SEQLEN_K)."""
-    mask = mask if np.asarray(mask).dtype == bool else mask > -np.inf
-    rows = oracle.visible(SEQLEN_Q, SEQLEN_K, **structure) & mask & (bias > -np.inf)
-    return np.broadcast_to(rows, (2, 2, SEQLEN_Q, SEQLEN_K))
+    return oracle.attention(*arrays(), wide=np.float64, **options).weights > 0
+
+
+def hides(option, rows):
+    """Is there a key that all, or some rows do not see?"""
+    return rows(~seen(option(*arrays())), axis=-2).any()
+
+
+HIDING = [name for name in OPTIONS if hides(OPTIONS[name], np.all)]
+PARTLY = [name for name in OPTIONS if hides(OPTIONS[name], np.any)]
 
 
 @pytest.mark.parametrize("hiding", HIDING)
 @pytest.mark.parametrize("poison", POISONS, ids=str)
 def test_poison_in_slots_that_no_row_sees_changes_no_bit(isa, dtype, hiding, poison):
-    options = HIDING[hiding]
-    q, k, v = qkv(SEQLEN_Q, SEQLEN_K, 5, 9, dtype=dtype)
-    expected = attention(q, k, v, return_lse=True, **options)
-    hidden = ~seen(**options).any(axis=-2)
-    assert hidden.any()
-    k[hidden] = poison
-    assert_same(attention(q, k, v, return_lse=True, **options), expected)
-    v[hidden] = poison
-    assert_same(attention(q, k, v, return_lse=True, **options), expected)
-    v, clean = qkv(SEQLEN_Q, SEQLEN_K, 5, 9, dtype=dtype)[2], k
-    clean[hidden] = 0
-    v[hidden] = poison
-    assert_same(attention(q, clean, v, return_lse=True, **options), expected)
+    assert_poison_is_not_read(OPTIONS[hiding](*arrays()), poison, dtype)
 
 
-@pytest.mark.parametrize("hiding", ["causal", "window", "ragged mask", "mask and bias"])
+@pytest.mark.parametrize("names", [x for x in PAIRS if {*x} & {*PARTLY}], ids=" and ".join)
+def test_poison_that_two_options_hide_changes_no_bit(isa, names):
+    assert_poison_is_not_read(pair_of(names, *arrays()), np.nan, np.float32)
+
+
+def assert_poison_is_not_read(options, poison, dtype):
+    """Not in hidden keys, not in their values, not in both."""
+    ask = options | {"return_lse": True, "return_weights": True}
+    expected = attention(*arrays(dtype), **ask)
+    hidden = ~seen(options).any(axis=-2)
+    for name in ("k", "v", "kv"):
+        q, k, v = arrays(dtype)
+        for x, poisoned in ((k, "k" in name), (v, "v" in name)):
+            x[hidden] = poison if poisoned else 0
+        assert_same(attention(q, k, v, **ask), expected, f"results with poison in {name}")
+
+
+@pytest.mark.parametrize("hiding", PARTLY)
 @pytest.mark.parametrize("poison", POISONS, ids=str)
-@pytest.mark.parametrize("slot", [0, 40, KEY_BLOCK, KEY_BLOCK + 70, SEQLEN_K - 1])
-def test_poison_in_a_value_reaches_the_rows_that_see_it(isa, real, hiding, poison, slot):
-    options = HIDING[hiding]
-    q, k, v = qkv(SEQLEN_Q, SEQLEN_K, 5, 9, dtype=real)
-    expected = attention(q, k, v, return_lse=True, **options)
-    v[:, :, slot, 4] = poison
-    expected.out[..., 4][seen(**options)[..., slot]] = poison
-    result = attention(q, k, v, return_lse=True, **options)
-    assert_same(result.lse, expected.lse)
-    assert_equal_with_nan(result.out, expected.out)
-    with np.errstate(invalid="ignore"):
-        simple = reference.attention(q, k, v, **options)
-    assert np.array_equal(np.isfinite(simple), np.isfinite(expected.out))
+def test_poison_in_a_value_reaches_the_rows_that_see_it(isa, real, hiding, poison):
+    q, k, v = arrays(real)
+    options = OPTIONS[hiding](q, k, v)
+    for slot in SLOTS:
+        v = arrays(real)[2]
+        expected = attention(q, k, v, return_lse=True, **options)
+        v[:, :, slot, 4] = poison
+        expected.out[..., 4][seen(options)[..., slot]] = poison
+        result = attention(q, k, v, return_lse=True, **options)
+        assert_same(result.lse, expected.lse)
+        assert_equal_with_nan(result.out, expected.out)
+        with np.errstate(invalid="ignore"):
+            simple = reference.attention(q, k, v, **options)
+        assert np.array_equal(np.isfinite(simple), np.isfinite(expected.out))
 
 
-@pytest.mark.parametrize("hiding", ["causal", "window", "ragged mask", "mask and bias"])
-@pytest.mark.parametrize("slot", [0, 40, KEY_BLOCK, KEY_BLOCK + 70, SEQLEN_K - 1])
-def test_nan_in_a_key_reaches_the_rows_that_see_it(isa, real, hiding, slot):
-    options = HIDING[hiding]
-    q, k, v = qkv(SEQLEN_Q, SEQLEN_K, 5, 9, dtype=real)
-    expected = attention(q, k, v, return_lse=True, **options)
-    k[:, :, slot, 2] = np.nan
-    rows = seen(**options)[..., slot]
-    expected.out[rows] = np.nan
-    expected.lse[rows] = np.nan
-    result = attention(q, k, v, return_lse=True, **options)
-    assert_equal_with_nan(result.out, expected.out)
-    assert_equal_with_nan(result.lse, expected.lse)
+@pytest.mark.parametrize("hiding", PARTLY)
+def test_nan_in_a_key_reaches_the_rows_that_see_it(isa, real, hiding):
+    q, k, v = arrays(real)
+    options = OPTIONS[hiding](q, k, v)
+    for slot in SLOTS:
+        k = arrays(real)[1]
+        expected = attention(q, k, v, return_lse=True, **options)
+        k[:, :, slot, 2] = np.nan
+        rows = seen(options)[..., slot]
+        expected.out[rows] = np.nan
+        expected.lse[rows] = np.nan
+        result = attention(q, k, v, return_lse=True, **options)
+        assert_equal_with_nan(result.out, expected.out)
+        assert_equal_with_nan(result.lse, expected.lse)
 
 
 @pytest.mark.parametrize("row", [0, 1, 40, SEQLEN_Q - 1])
@@ -108,13 +112,13 @@ def test_nan_in_a_query_that_sees_nothing_is_not_read(isa, real):
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30], ids=str)
 @pytest.mark.parametrize("argument", ["mask", "bias"])
-@pytest.mark.parametrize("hiding", ["kv_lengths", "kv_lengths per row", "causal", "window"])
+@pytest.mark.parametrize("hiding", INTERVALS)
 def test_mask_slots_outside_the_interval_are_not_read(isa, real, argument, garbage, hiding):
-    options = HIDING[hiding]
-    q, k, v = qkv(SEQLEN_Q, SEQLEN_K, 5, dtype=real)
+    q, k, v = arrays(real)
+    options = OPTIONS[hiding](q, k, v)
     mask = np.broadcast_to(sizes.random(SEQLEN_Q, SEQLEN_K), (2, 2, SEQLEN_Q, SEQLEN_K))
     expected = attention(q, k, v, return_lse=True, **options, **{argument: mask})
-    mask = np.where(seen(**options), mask, garbage).astype(np.float32)
+    mask = np.where(seen(options), mask, garbage).astype(np.float32)
     result = attention(q, k, v, return_lse=True, **options, **{argument: mask})
     assert_same(result, expected)
 

@@ -4,6 +4,7 @@ import numpy as np
 import sizes
 from hypothesis import given, strategies
 from judge import assert_accurate, assert_same
+from options import OPTIONS
 
 from mha_fast import _core, attention
 
@@ -11,7 +12,9 @@ LENGTHS = strategies.sampled_from([0, 1, 2, *sizes.SEQLENS])
 DIMS = strategies.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 64, 65])
 DTYPES = strategies.sampled_from(sizes.DTYPES)
 BATCHES = strategies.sampled_from([(), (1,), (3,), (2, 1), (2, 3)])
-SCALES = strategies.one_of(strategies.none(), strategies.floats(-4, 4, allow_subnormal=False))
+ARGUMENTS = {row.argument: [] for row in OPTIONS.values()}
+for row in OPTIONS.values():
+    ARGUMENTS[row.argument].append(row)
 
 
 @strategies.composite
@@ -33,47 +36,22 @@ def problems(draw):
     if batch and name:  # broadcast it along the batch
         x = arrays[name]
         arrays[name] = x[:1] if draw(strategies.booleans()) else x[0]
-    shape = (*np.broadcast_shapes(*(x.shape[:-3] for x in arrays.values())), heads)
-    return arrays, draw(options(shape, seqlen_q, seqlen_k, seed))
+    return arrays, draw(options(**arrays))
 
 
 @strategies.composite
-def options(draw, shape, seqlen_q, seqlen_k, seed):
-    chosen = {"scale": draw(SCALES), "causal": draw(strategies.booleans())}
-    integers = strategies.integers(-seqlen_q - 3, seqlen_k + 3)
-    sides = strategies.one_of(strategies.none(), strategies.integers(0, seqlen_k + 3))
-    if draw(strategies.booleans()):
-        chosen["window"] = (draw(sides), draw(sides))
-    if draw(strategies.booleans()):
-        chosen["q_offset"] = draw(per_batch_row(shape[:-1], integers))
-    if draw(strategies.booleans()):
-        lengths = strategies.integers(0, seqlen_k)
-        chosen["kv_lengths"] = draw(per_batch_row(shape[:-1], lengths))
-    for name in ("mask", "bias"):
+def options(draw, q, k, v):
+    """Any subset of the arguments that options have, each from one of its rows."""
+
+    def pick(usual, strategy):
+        return draw(strategy)
+
+    chosen = {}
+    for argument, rows in ARGUMENTS.items():
         if draw(strategies.booleans()):
-            chosen[name] = draw(term(name, (*shape, seqlen_q, seqlen_k), seed))
+            option = draw(strategies.sampled_from(rows))(q, k, v, pick)
+            chosen = option | chosen | {argument: option[argument]}
     return chosen
-
-
-@strategies.composite
-def per_batch_row(draw, batch, integers):
-    if not batch or draw(strategies.booleans()):
-        return draw(integers)
-    count = int(np.prod(batch))
-    drawn = draw(strategies.lists(integers, min_size=count, max_size=count))
-    return np.array(drawn).reshape(batch)
-
-
-@strategies.composite
-def term(draw, name, shape, seed):
-    """A mask or bias, broadcast along some axes."""
-    shape = tuple(1 if draw(strategies.booleans()) else n for n in shape)
-    shape = shape[draw(strategies.integers(0, len(shape))) :]
-    visible = draw(strategies.sampled_from([0.0, 0.1, 0.7, 1.0]))
-    mask = sizes.random_mask(*shape, seed=seed, visible=visible)
-    if name == "mask" and draw(strategies.booleans()):
-        return mask
-    return sizes.additive(mask, draw(DTYPES), seed=seed)
 
 
 def reversed_memory(x):

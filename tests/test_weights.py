@@ -1,30 +1,17 @@
 """Attention weights: their values, and that asking for them changes nothing else."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-import sizes
 from judge import assert_accurate, assert_same
-from sizes import HEAD_DIMS, KEY_BLOCK, SEQLENS, qkv, random_mask
+from options import cut
+from sizes import HEAD_DIMS, KEY_BLOCK, SEQLENS, on_every_isa, qkv
 
 from mha_fast import attention, reference
 
 SEQLEN_Q, SEQLEN_K = 67, 2 * KEY_BLOCK + 9
 ALL = {"return_weights": True, "return_lse": True}
-
-OPTIONS = {
-    "plain": {},
-    "causal": {"causal": True, "q_offset": [-20, 300]},
-    "window": {"window": (100, 30), "scale": -0.7},
-    "kv_lengths": {"kv_lengths": [KEY_BLOCK + 1, 0]},
-    "mask": {"mask": random_mask(2, 1, SEQLEN_Q, SEQLEN_K, visible=0.1)},
-    "float mask": {"mask": sizes.additive(random_mask(SEQLEN_Q, SEQLEN_K), "f4")},
-    "bias": {"bias": sizes.random(4, 1, SEQLEN_K), "causal": True},
-}
-
-
-@pytest.fixture(params=OPTIONS)
-def options(request):
-    return OPTIONS[request.param]
 
 
 def arrays(dtype=np.float32):
@@ -38,13 +25,15 @@ def test_weights_are_accurate_at_ugly_sizes(isa, real, i):
     assert_accurate(attention(q, k, v, **ALL), q, k, v)
 
 
-def test_weights_are_accurate_for_every_option_and_dtype(isa, dtype, options):
+def test_weights_are_accurate_for_every_option_and_dtype(isa, dtype, option):
     q, k, v = arrays(dtype)
+    options = option(q, k, v)
     assert_accurate(attention(q, k, v, **options, **ALL), q, k, v, **options)
 
 
-def test_asking_for_weights_changes_no_bit(isa, dtype, options):
+def test_asking_for_weights_changes_no_bit(isa, dtype, option):
     q, k, v = arrays(dtype)
+    options = option(q, k, v)
     result = attention(q, k, v, **options, **ALL)
     assert_same(result.out, attention(q, k, v, **options))
     assert_same(result.lse, attention(q, k, v, **options, return_lse=True).lse)
@@ -53,8 +42,9 @@ def test_asking_for_weights_changes_no_bit(isa, dtype, options):
     assert_same(alone.weights, result.weights)
 
 
-def test_chosen_heads_and_rows_have_the_bits_of_all(isa, options):
+def test_chosen_heads_and_rows_have_the_bits_of_all(isa, option):
     q, k, v = arrays()
+    options = option(q, k, v)
     everything = attention(q, k, v, **options, **ALL).weights
     for heads in (None, [0], [3, 1], [-1, 0, 2], []):
         for rows in (None, [66], [-1, 0, 64], range(0, 67, 3), []):
@@ -66,20 +56,43 @@ def test_chosen_heads_and_rows_have_the_bits_of_all(isa, options):
             assert_same(some.weights, expected)
 
 
-def test_weights_have_the_bits_of_one_thread(isa, options):
+def test_weights_have_the_bits_of_one_thread_and_of_every_isa(option):
     q, k, v = (np.concatenate([x] * 4, axis=1) for x in arrays())
-    options = {name: x for name, x in options.items() if name != "bias"}
+    options = option(q, k, v)
     expected = attention(q, k, v, **options, **ALL, threads=1)
-    for threads in (2, 3, 8):
-        assert_same(attention(q, k, v, **options, **ALL, threads=threads), expected)
+    for threads in (1, 2, 3, 8):
+        for name, result in on_every_isa(
+            partial(attention, q, k, v, **options, **ALL, threads=threads)
+        ):
+            assert_same(result, expected, f"{name}, {threads} threads")
 
 
-def test_rows_alone_have_the_weights_of_all(isa, real):
+def test_rows_alone_have_the_weights_of_all(isa, real, option):
     q, k, v = arrays(real)
-    together = attention(q, k, v, **ALL)
+    options = option(q, k, v)
+    together = attention(q, k, v, **options, **ALL)
     for i in range(0, SEQLEN_Q, 11):
-        alone = attention(q[:, :, [i]], k, v, **ALL)
-        assert_same(alone.weights[:, :, 0], together.weights[:, :, i])
+        rows = slice(i, i + 1)
+        alone = attention(q[:, :, rows], k, v, **cut(options, "q", rows, q, k, v), **ALL)
+        assert_same(alone.weights, together.weights[:, :, rows])
+
+
+def test_memory_that_held_nan_shows_in_no_result(isa, real, option):
+    q, k, v = arrays(real)
+    options = option(q, k, v)
+    for heads, rows in ((None, None), ([3, 1], None), (None, [-1, 0, 64]), ([0], range(9, 60, 3))):
+        chosen = {"weights_heads": heads, "weights_rows": rows}
+        expected = attention(q, k, v, **options, **ALL, **chosen)
+        assert all(np.isfinite(x).all() or x is expected.lse for x in expected)
+        for _ in range(2):
+            leave_nan_behind(expected)
+            assert_same(attention(q, k, v, **options, **ALL, **chosen), expected)
+
+
+def leave_nan_behind(arrays):
+    """In memory that is free again and fits these arrays."""
+    stale = [np.full_like(x, np.nan) for x in arrays]
+    del stale
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
@@ -111,6 +124,13 @@ def test_two_dimensional_arrays_and_empty_axes_give_weights(isa):
     assert attention(q, k[:0], v[:0], return_weights=True).weights.shape == (5, 0)
     twin = reference.attention(q, k, v, return_weights=True, weights_rows=[-1])
     assert twin.weights.shape == (1, 7)
+
+
+def test_canary_memory_that_is_free_again_is_used_again():
+    x = np.zeros((2, 4, SEQLEN_Q, SEQLEN_K), np.float32)
+    leave_nan_behind([x])
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same(np.empty_like(x), x)
 
 
 def test_canary_a_weight_of_a_hidden_key_is_caught():
