@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import sizes
 from judge import assert_accurate, assert_same
-from sizes import HEAD_DIMS, PRIMES, SEQLENS, qkv
+from sizes import HEAD_DIMS, SEQLENS, qkv
 
 from mha_fast import AttentionResult, attention, reference
 
@@ -146,17 +146,6 @@ def test_lists_and_array_likes_are_accepted():
             return k
 
     assert_same(attention(q.tolist(), Wrapped(), v), attention(q, k, v))
-
-
-@pytest.mark.parametrize("seqlen", PRIMES)
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
-def test_reference_is_accurate(real, seqlen, batch):
-    q, k, v = qkv(seqlen, 101, 16, 5, batch=batch, heads=4, kv_heads=2, dtype=real)
-    options = {"causal": True, "window": (50, None), "scale": -0.3}
-    options["bias"] = sizes.random(seqlen, 101, dtype=real)
-    options["mask"] = sizes.random_mask(4, seqlen, 101)
-    result = reference.attention(q, k, v, return_lse=True, **options)
-    assert_accurate(result, q, k, v, **options)
 
 
 @pytest.mark.parametrize(

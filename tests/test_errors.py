@@ -10,7 +10,7 @@ import pytest
 import sizes
 
 import mha_fast
-from mha_fast import attention, reference
+from mha_fast import attention
 
 Q, K, V = (sizes.random(2, *shape) for shape in ((4, 5, 8), (2, 7, 8), (2, 7, 3)))
 FLOATS = "float16, bfloat16, float32 or float64"
@@ -119,28 +119,26 @@ VALUES = [
 ROWS = [(TypeError, *row) for row in DTYPES] + [(ValueError, *row) for row in VALUES]
 
 
-@pytest.mark.parametrize("function", [attention, reference.attention])
 @pytest.mark.parametrize(
     ("error", "name", "value", "message"),
     ROWS,
     ids=[f"{name}-{message[:30]}" for _, name, _, message in ROWS],
 )
-def test_bad_argument_is_named_and_out_is_untouched(function, error, name, value, message):
+def test_bad_argument_is_named_and_out_is_untouched(error, name, value, message):
     arguments = {"q": Q, "k": K, "v": V, "return_weights": "weights" in name} | {name: value}
     with pytest.raises(error, match=message):
-        function(**arguments)
+        attention(**arguments)
     out = np.full((2, 4, 5, 3), 7, np.float32)
     with pytest.raises(error, match=message):
-        function(**arguments, out=out)
+        attention(**arguments, out=out)
     assert (out == 7).all()
 
 
-@pytest.mark.parametrize("function", [attention, reference.attention])
-def test_choosing_weights_needs_weights_and_a_heads_axis(function):
+def test_choosing_weights_needs_weights_and_a_heads_axis():
     with pytest.raises(ValueError, match="weights_rows is .* expected None without return_weights"):
-        function(Q, K, V, weights_rows=[0])
+        attention(Q, K, V, weights_rows=[0])
     with pytest.raises(ValueError, match="weights_heads needs a heads axis"):
-        function(Q[0, 0], K[0, 0], V[0, 0], return_weights=True, weights_heads=[0])
+        attention(Q[0, 0], K[0, 0], V[0, 0], return_weights=True, weights_heads=[0])
 
 
 def test_two_dimensional_score_shape_is_worded_without_heads():
@@ -205,13 +203,12 @@ OUTS = [
 ]
 
 
-@pytest.mark.parametrize("function", [attention, reference.attention])
 @pytest.mark.parametrize(("error", "make", "message"), OUTS, ids=[row[2][:30] for row in OUTS])
-def test_bad_out_is_refused_and_untouched(function, error, make, message):
+def test_bad_out_is_refused_and_untouched(error, make, message):
     out = make()
     before = np.array(out)
     with pytest.raises(error, match=message):
-        function(Q, K, V, out=out)
+        attention(Q, K, V, out=out)
     assert np.array_equal(np.array(out), before)
 
 

@@ -1,9 +1,11 @@
 """Scratch memory does not grow with seqlen_q x seqlen_k."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import sizes
+from options import OPTIONS
 
 from mha_fast import _core
 
@@ -56,6 +58,33 @@ def test_long_sequences_take_little_memory_beside_out(output_of, mask):
     assert extra < THREADS * PER_THREAD
 
 
+# A peak of its own for each option. Half of the bytes of the scores are above the limit.
+EVERY_OPTION = f"""{MEMORY}
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from options import OPTIONS, PLAIN
+rng = np.random.default_rng(0)
+q, k, v, out = (rng.standard_normal((2, 1, ROWS, 16), dtype=np.float32) for _ in range(4))
+k, v = (np.resize(x, (2, 1, 25_000_000 // ROWS, 16)) for x in (k, v))
+mha_fast.attention(q[:, :, :300], k[:, :, :300], v[:, :, :300])
+for name, option in {{"plain": PLAIN, **OPTIONS}}.items():
+    options = option(q, k, v)
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")
+    before = peak()
+    mha_fast.attention(q, k, v, threads=2, out=out, **options)
+    print(peak() - before, name)
+"""
+
+
+@pytest.mark.parametrize("rows", [50, 5000])
+def test_no_option_takes_memory_for_every_query_and_key(output_of, rows):
+    fixed = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # what was large is given back when it is free
+    lines = output_of(f"ROWS = {rows}\n{EVERY_OPTION}", **fixed).splitlines()
+    assert len(lines) == 1 + len(OPTIONS)
+    assert not [x for x in lines if int(x.split()[0]) >= THREADS * PER_THREAD]
+
+
 FEW_ROWS = f"""{MEMORY}
 q = np.ones((1, 60, 64), np.float32)
 k, v = (np.ones((1, 2**18, 64), np.float32) for _ in range(2))
@@ -101,6 +130,14 @@ def test_peak_before_the_call_hides_nothing(output_of):
 
 def test_canary_stored_scores_are_caught(output_of):
     assert int(output_of(f"MASK = False\n{SETUP}{NAIVE}")) > THREADS * PER_THREAD
+
+
+def test_canary_a_byte_for_every_query_and_key_is_caught(output_of):
+    script = f"ROWS = 5000\n{EVERY_OPTION}".replace("mha_fast.attention(q, k, v,", "stored(")
+    stored = "def stored(**more): np.zeros((5000, 5000), bool)[...] = True\n"
+    fixed = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    lines = output_of(stored + script, **fixed).splitlines()
+    assert min(int(x.split()[0]) for x in lines) > THREADS * PER_THREAD
 
 
 LEAK = f"""{MEMORY}
