@@ -56,8 +56,8 @@ class Problem(NamedTuple):
         axes = self.pick(set(axes), sets(sampled_from("bhqk")))
         whole = [*(("b", n) for n in self.batch), *zip("hqk", self[1:4], strict=True)]
         shape = [n if axis in axes else 1 for axis, n in whole]
-        ones = sum(1 for _ in itertools.takewhile(lambda n: n == 1, shape))
-        shape = shape[self.number(ones, 0, ones) :]
+        first = next((i for i, (axis, _) in enumerate(whole) if axis in axes), len(whole))
+        shape = shape[self.number(first, 0, first) :]
         visible = self.pick(visible, sampled_from([0.0, 0.1, 0.7, 1.0]))
         return sizes.random_mask(*shape, seed=self.number(0, 0, 2**32), visible=visible)
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import oracle
 import pytest
 import sizes
 from judge import assert_same
 from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import as_strided
-from sizes import KEY_BLOCK, random, random_mask
+from options import INTERVALS, OPTIONS, PAIRS, pair_of
+from sizes import KEY_BLOCK, random
 from test_layout import WRITEABLE, heads_after_sequence, misaligned
 
 from mha_fast import _core, attention, linear
@@ -25,6 +27,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 
 PAGE = mmap.PAGESIZE
 SIDES = ("start", "end")
+AXES = {row.argument: row.axes for row in OPTIONS.values()}
+INTERVAL_ARGUMENTS = {x for n in INTERVALS for x in (OPTIONS[n].argument, *OPTIONS[n].beside)}
 DIMS = range(1, 81)
 KEYS = sorted({1, 2, 3} | sizes.around(*sizes.VECTOR.values(), 64, KEY_BLOCK, 2 * KEY_BLOCK))
 
@@ -51,8 +55,10 @@ def against_guard(x, side, seen):
 
 
 def seen_part(name, x, keys):
-    """What may be touched of an argument if only these keys are seen."""
-    return x[..., keys, :] if name in ("k", "v") else x[..., keys] if name == "mask" else x
+    """What may be touched of an argument if only these keys are in the interval of a row."""
+    if name in ("k", "v"):
+        return x[..., keys, :]
+    return x[..., keys] if AXES.get(name, "").endswith("k") and x.shape[-1] > 1 else x
 
 
 def run_case(name, function, arrays, keys=slice(None), **options):
@@ -70,27 +76,11 @@ def row_counts(isa, dtype, draw):
     return [1, *draw.sample(sorted(edges), 3)]
 
 
-def hide(how, rows, keys, dtype):
-    """Options, and which keys they leave."""
-    some = random_mask(1, rows, keys)
-    if how == "mask and bias":
-        return {"mask": some, "bias": sizes.additive(random_mask(2, rows, keys), dtype)}
-    if how == "float mask":
-        return {"mask": sizes.additive(some, dtype)}
-    if how == "shared mask":
-        return {"mask": random_mask(1, 1, keys)}
-    if how == "kv_lengths":
-        length = max(1, keys - 3)
-        return {"kv_lengths": length, "mask": some, "keys": slice(length)}
-    if how == "window":
-        first = keys // 3
-        last = min(keys, first + rows)
-        seen = slice(first, last)
-        return {"window": (0, 0), "q_offset": first, "mask": some, "keys": seen}
-    return {"causal": how == "causal", "return_weights": how == "weights"}
-
-
-HOW = ["all", "causal", "mask and bias", "float mask", "shared mask", "kv_lengths", "window"]
+def keys_in_reach(options, rows, keys):
+    """From the first to the last key that is in the interval of a row."""
+    structure = {name: x for name, x in options.items() if name in INTERVAL_ARGUMENTS}
+    reached = np.flatnonzero(oracle.visible(rows, keys, **structure).any(axis=-2))
+    return slice(reached[0], reached[-1] + 1) if reached.size else slice(0)
 
 
 def attention_cases(isa, dtype):
@@ -98,20 +88,26 @@ def attention_cases(isa, dtype):
     draw = Random(0)
     for head_dim in DIMS:
         for rows in row_counts(isa, dtype, draw):
-            keys, dim_v, how = draw.choice(KEYS), draw.choice(DIMS), draw.choice([*HOW, "weights"])
+            keys, dim_v = draw.choice(KEYS), draw.choice(DIMS)
+            names = draw.choice([*PAIRS, *zip(OPTIONS, OPTIONS, strict=True)])
             wide = draw.choice([dtype, *(r for r in sizes.REALS if r.itemsize >= dtype.itemsize)])
+            q = random(2, rows, head_dim, dtype=wide)
+            k = random(draw.choice([1, 2]), keys, head_dim, dtype=dtype, seed=1)
+            v = random(len(k), keys, dim_v, dtype=dtype, seed=2)
+            options = pair_of(names, q, k, v)
+            arrays = {"q": q, "k": k, "v": v}
+            for name in [n for n in AXES if isinstance(options.get(n), np.ndarray)]:
+                x = options.pop(name)
+                own = [x.dtype] if x.dtype != np.float32 else sizes.DTYPES
+                arrays[name] = x.astype(draw.choice(own))
+            arrays["out"] = np.full((2, rows, dim_v), np.nan, np.result_type(wide, dtype))
+            options["return_weights"] = draw.random() < 0.2
+            reach = keys_in_reach(options | arrays, rows, keys)
             for layout in (np.copy, draw.choice(WRITEABLE)):
-                arrays = {
-                    "q": random(2, rows, head_dim, dtype=wide),
-                    "k": random(draw.choice([1, 2]), keys, head_dim, dtype=dtype, seed=1),
-                }
-                arrays["v"] = random(len(arrays["k"]), keys, dim_v, dtype=dtype, seed=2)
-                options = hide(how, rows, keys, draw.choice(sizes.DTYPES))
-                arrays |= {n: options.pop(n) for n in ("mask", "bias") if n in options}
-                arrays["out"] = np.full((2, rows, dim_v), np.nan, np.result_type(wide, dtype))
-                arrays = {name: layout(x) for name, x in arrays.items()}
-                name = f"{layout.__name__} {how} {[x.shape for x in arrays.values()]} {wide}"
-                run_case(name, attention, arrays, **options, return_lse=True)
+                axes = 3 if layout is heads_after_sequence else 2
+                moved = {n: layout(x) if x.ndim >= axes else x for n, x in arrays.items()}
+                name = f"{layout.__name__} {names} {[x.shape for x in arrays.values()]} {wide}"
+                run_case(name, attention, moved, reach, **options, return_lse=True)
 
 
 def linear_cases(isa, dtype):
