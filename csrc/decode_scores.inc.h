@@ -163,41 +163,45 @@ static NOINLINE void FN(score_panel_bf16)(mha_tile *t, int j, int keys)
     FN(decode_score_panel)(t, j, keys, MHA_BF16);
 }
 
-/* Hide what the row may not see and the tail of its last vector, and take the maximum; whether
- * any key of the block is hidden. */
-static int FN(decode_hide)(mha_tile *t, int row)
+/* Scores of one row from its products, and their maximum; whether any key of the block is hidden.
+ * Lanes past the last key hold NaN meanwhile, which no maximum takes and which is not hidden. */
+static ALWAYS_INLINE void FN(score_row)(mha_tile *t, int row, FN(found) * found, int num_terms)
 {
-    const vec minus_inf = v_set1(-(REAL)INFINITY);
-    const idx lo = t->lo[row] - t->key0, hi = t->hi[row] - t->key0;
-    REAL *s = (REAL *)t->s + row * SCORE_ROW, lane[VLEN], largest = -LARGEST;
-    vec best = v_set1(-LARGEST), any = v_set1(0);
-    for (int j = t->begin[0]; j < t->end[0] && t->hidden; j++)
-        if (j < lo || j >= hi)
-            s[j] = -(REAL)INFINITY;
-    int hidden = 0, j = t->begin[0];
-    for (; j + VLEN <= t->end[0]; j += VLEN) {
-        best = v_max(v_load(s + j), best);
-        any = v_if_equal(v_load(s + j), minus_inf, v_set1(1), any);
+    static const REAL ramp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const FN(rule) rule = FN(rule_of)(t, row, 1);
+    const int begin = t->begin[0], end = t->end[0];
+    REAL *s = (REAL *)t->s + row * SCORE_ROW;
+    vec key = v_add(v_set1((REAL)begin), v_load(ramp)), term[MHA_MAX_TERMS];
+    v_store(s + end, v_set1((REAL)NAN));
+    for (int j = begin; j < end; j += VLEN) {
+        const int live = end - j < VLEN ? end - j : VLEN;
+        EACH (n, num_terms)
+            term[n] = FN(load_up_to)((const char *)(rule.term[n][0] + j - begin), live, DTYPE);
+        v_store(s + j, FN(score)(&rule, v_load(s + j), key, term, num_terms, found));
+        key = v_add(key, v_set1(VLEN));
     }
-    hidden = FN(any_nonzero)(any);
-    for (; j < t->end[0]; j++) {
-        largest = s[j] > largest || s[j] != s[j] ? s[j] : largest;
-        hidden |= s[j] == -(REAL)INFINITY;
+    v_store(s + end, v_set1(-(REAL)INFINITY)); /* softmax works on whole vectors */
+}
+
+static void FN(decode_score)(mha_tile *t)
+{
+    int hidden = 0;
+    for (int row = 0; row < t->rows; row++) {
+        FN(found) found = {v_set1(-LARGEST), v_set1(0)};
+        REAL best[VLEN], *m = (REAL *)t->m_block + row;
+        BY_TERMS(t->num_mixed, FN(score_row), t, row, &found);
+        v_store(best, found.best);
+        *m = best[0];
+        for (int i = 1; i < VLEN; i++)
+            *m = best[i] > *m ? best[i] : *m;
+        hidden |= FN(any_nonzero)(found.hidden);
     }
-    v_store(s + t->end[0], minus_inf); /* past the last key: softmax works on whole vectors */
-    v_store(lane, best);
-    for (int i = 0; i < VLEN; i++)
-        largest = lane[i] > largest || lane[i] != lane[i] ? lane[i] : largest;
-    ((REAL *)t->m_block)[row] = largest;
-    return hidden;
+    t->hidden |= hidden;
 }
 
 static int FN(decode_scores)(mha_tile *t, idx block)
 {
-    int mixed[MHA_MAX_TERMS];
-    const int num_mixed =
-        FN(open_block)(t, block, mixed, FN(BY_VECTOR_OR_COLUMN), FN(BY_VECTOR_WIDENED));
-    if (num_mixed < 0)
+    if (!FN(open_block)(t, block, FN(BY_VECTOR_OR_COLUMN), FN(BY_VECTOR_WIDENED)))
         return 0;
     if (t->k_block.data == t->k_copy) {
         mha_tile_look_to_next_block(t);
@@ -210,19 +214,6 @@ static int FN(decode_scores)(mha_tile *t, idx block)
                                        : FN(score_panel_real);
     for (int j = t->begin[0]; j < t->end[0]; j += PANEL)
         score_panel(t, j, t->end[0] - j < PANEL ? t->end[0] - j : PANEL);
-    int hidden = 0;
-    for (int row = 0; row < t->rows; row++) {
-        REAL *s = (REAL *)t->s + row * SCORE_ROW;
-        for (int n = 0; n < num_mixed; n++) {
-            const REAL *term = FN(term_row)(t, mixed[n], row, t->strip) - t->begin[0];
-            for (int j = t->begin[0]; j < t->end[0]; j += VLEN) {
-                const int live = t->end[0] - j < VLEN ? t->end[0] - j : VLEN;
-                const vec v = live == VLEN ? v_load(term + j) : v_load_n(term + j, live);
-                v_store(s + j, FN(with_term)(v_load(s + j), v));
-            }
-        }
-        hidden |= FN(decode_hide)(t, row);
-    }
-    t->hidden |= hidden;
+    FN(decode_score)(t);
     return 1;
 }

@@ -29,6 +29,7 @@
 #include "rows.inc.h"
 #include "multiply.inc.h"
 #include "terms.inc.h"
+#include "score.inc.h"
 #include "state.inc.h"
 #include "prefill.inc.h"
 #include "decode_scores.inc.h"

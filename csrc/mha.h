@@ -120,6 +120,7 @@ typedef struct {
     int begin[MHA_MAX_VECTORS], end[MHA_MAX_VECTORS];
     int num_segments, hidden; /* hidden: some lane may not see some key of its vector's range */
     mha_segment segment[2 * MHA_MAX_VECTORS];
+    int num_mixed, mixed[MHA_MAX_TERMS]; /* terms that must be added */
     mha_rows k_block, v_block;
 
     int num_ahead, ahead_pace; /* streams of the next task, and rows of them to ask for at a time */

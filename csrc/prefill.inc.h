@@ -56,102 +56,61 @@ static ALWAYS_INLINE void FN(score_segment)(mha_tile *t, const mha_segment *seg,
         v_store(m + v * VLEN, best[v]);
 }
 
-/* Interval of a vector's lanes, counted from the start of the block: clipped, so exact in REAL. */
-static void FN(lane_interval)(const mha_tile *t, int g, REAL *lo, REAL *hi)
-{
-    for (int i = 0; i < VLEN; i++) {
-        const idx a = t->lo[g * VLEN + i] - t->key0, b = t->hi[g * VLEN + i] - t->key0;
-        lo[i] = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
-        hi[i] = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
-    }
-}
-
-/* What masking finds out about a vector's scores: the maximum, and 1 where a key is hidden. */
-typedef struct {
-    vec best, hidden;
-} FN(mask_result);
-
-static ALWAYS_INLINE void FN(mask_note)(FN(mask_result) * result, vec x)
-{
-    const vec minus_inf = v_set1(-(REAL)INFINITY);
-    result->best = v_max(x, result->best);
-    result->hidden = v_if_equal(x, minus_inf, v_set1(1), result->hidden);
-}
-
-/* Add keys j to j + n - 1 of VLEN term rows to scores s, [VLEN][LANES]. A row that all queries
- * share is broadcast. `result`: NULL where this term is not the last. */
-static ALWAYS_INLINE void FN(add_term_chunk)(const REAL *const *row, int shared, int j, int n,
-                                             REAL *s, FN(mask_result) * result)
+/* Scores of keys j to j + n - 1 from their products, for VLEN rows; keys count from the first that
+ * the vector sees. A term row that all queries share is broadcast. */
+static ALWAYS_INLINE void FN(score_chunk)(const FN(rule) * rule, REAL *s, int begin, int j, int n,
+                                          int num_terms, FN(found) * found)
 {
     enum { AHEAD = 64 }; /* keys; rows lie far apart, so no hardware prefetcher sees a pattern */
-    vec v[VLEN];
-    if (shared) {
-        EACH (i, VLEN)
-            v[i] = i < n ? v_set1(row[0][j + i]) : v_set1(0);
-    } else {
-        EACH (i, VLEN) {
-            v[i] = n == VLEN ? v_load(row[i] + j) : v_load_n(row[i] + j, n);
-            PREFETCH(row[i] + j + AHEAD);
+    vec v[MHA_MAX_TERMS][VLEN];
+    EACH (k, num_terms) {
+        const REAL *const *row = rule->term[k];
+        if (rule->shared[k]) {
+            EACH (i, VLEN)
+                v[k][i] = i < n ? v_set1(row[0][j + i]) : v_set1(0);
+        } else {
+            EACH (i, VLEN) {
+                v[k][i] = n == VLEN ? v_load(row[i] + j) : v_load_n(row[i] + j, n);
+                PREFETCH(row[i] + j + AHEAD);
+            }
+            v_transpose(v[k]);
         }
-        v_transpose(v);
     }
+    s += (begin + j) * LANES;
     EACH (i, VLEN)
         if (i < n) {
-            const vec x = FN(with_term)(v_load(s + i * LANES), v[i]);
-            v_store(s + i * LANES, x);
-            if (result)
-                FN(mask_note)(result, x);
+            const vec key = v_set1((REAL)(begin + j + i));
+            vec term[MHA_MAX_TERMS];
+            EACH (k, num_terms)
+                term[k] = v[k][i];
+            v_store(s + i * LANES,
+                    FN(score)(rule, v_load(s + i * LANES), key, term, num_terms, found));
         }
 }
 
-static void FN(add_term)(mha_tile *t, int n, int g, FN(mask_result) * result)
+static ALWAYS_INLINE void FN(score_vector)(mha_tile *t, int g, FN(found) * found, int num_terms)
 {
-    const int shared = FN(is_shared)(t, n);
+    const FN(rule) rule = FN(rule_of)(t, g * VLEN, VLEN);
     const int begin = t->begin[g], keys = t->end[g] - begin;
-    const REAL *row[VLEN];
-    REAL *s = (REAL *)t->s + begin * LANES + g * VLEN;
-    for (int i = 0; i < (shared ? 1 : VLEN); i++)
-        row[i] = FN(term_row)(t, n, g * VLEN + i, (REAL *)t->strip + i * MHA_KEY_BLOCK);
+    REAL *s = (REAL *)t->s + g * VLEN;
     int j = 0;
-    if (result)
-        for (; j + VLEN <= keys; j += VLEN)
-            FN(add_term_chunk)(row, shared, j, VLEN, s + j * LANES, result);
-    for (; j < keys; j += VLEN)
-        FN(add_term_chunk)(row, shared, j, keys - j < VLEN ? keys - j : VLEN, s + j * LANES,
-                           result);
+    for (; j + VLEN <= keys; j += VLEN)
+        FN(score_chunk)(&rule, s, begin, j, VLEN, num_terms, found);
+    if (j < keys)
+        FN(score_chunk)(&rule, s, begin, j, keys - j, num_terms, found);
 }
 
-/* Hide what lies outside a lane's interval. */
-static void FN(hide)(mha_tile *t, int g, FN(mask_result) * result)
-{
-    const vec minus_inf = v_set1(-(REAL)INFINITY);
-    REAL *s = (REAL *)t->s + g * VLEN, lo[VLEN], hi[VLEN];
-    FN(lane_interval)(t, g, lo, hi);
-    const vec first = v_load(lo), past = v_load(hi);
-    for (int j = t->begin[g]; j < t->end[g]; j++) {
-        const vec key = v_set1((REAL)j), x = v_load(s + j * LANES);
-        const vec seen = v_if_less(key, past, v_if_less(key, first, minus_inf, x), minus_inf);
-        v_store(s + j * LANES, seen);
-        FN(mask_note)(result, seen);
-    }
-}
-
-/* Add the mixed terms to the scores, hide what lies outside a lane's interval, and take the
- * maximum anew: that of the product may come from a key that the lane does not see. Finds out
- * whether any key of the block is hidden, which a float bias rarely does. */
-static void FN(prefill_mask)(mha_tile *t, const int *mixed, int num_mixed)
+/* Scores from products, and their maximum anew: that of the products may come from a key that the
+ * row does not see. Finds out whether any key of the block is hidden, which a float bias rarely
+ * does. */
+static void FN(prefill_score)(mha_tile *t)
 {
     int hidden = 0;
     for (int g = 0; g < t->vectors; g++) {
-        FN(mask_result) result = {v_set1(-LARGEST), v_set1(0)};
-        for (int n = 0; n < num_mixed; n++) {
-            const int last = n + 1 == num_mixed && !t->hidden;
-            FN(add_term)(t, mixed[n], g, last ? &result : NULL);
-        }
-        if (t->hidden)
-            FN(hide)(t, g, &result);
-        v_store((REAL *)t->m_block + g * VLEN, result.best);
-        hidden |= FN(any_nonzero)(result.hidden);
+        FN(found) found = {v_set1(-LARGEST), v_set1(0)};
+        BY_TERMS(t->num_mixed, FN(score_vector), t, g, &found);
+        v_store((REAL *)t->m_block + g * VLEN, found.best);
+        hidden |= FN(any_nonzero)(found.hidden);
     }
     t->hidden |= hidden;
 }
@@ -174,9 +133,7 @@ static void FN(look_ahead)(mha_tile *t, int last)
 
 static int FN(prefill_scores)(mha_tile *t, idx block)
 {
-    int mixed[MHA_MAX_TERMS];
-    const int num_mixed = FN(open_block)(t, block, mixed, FN(BY_NUMBER), FN(BY_VECTOR));
-    if (num_mixed < 0)
+    if (!FN(open_block)(t, block, FN(BY_NUMBER), FN(BY_VECTOR)))
         return 0;
     FN(look_ahead)(t, block + 1 == t->last_block);
     for (int v = 0; v < t->vectors; v++)
@@ -185,8 +142,8 @@ static int FN(prefill_scores)(mha_tile *t, idx block)
         const mha_segment *seg = &t->segment[n];
         BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
     }
-    if (num_mixed || t->hidden)
-        FN(prefill_mask)(t, mixed, num_mixed);
+    if (t->num_mixed || t->hidden)
+        FN(prefill_score)(t);
     return 1;
 }
 

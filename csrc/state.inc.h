@@ -40,7 +40,7 @@ static void FN(save)(mha_tile *t, void *record)
 static mha_tile *FN(open_tile)(const mha_problem *p, idx task, const FN(shape) * shape)
 {
     const idx wide = p->head_dim > p->head_dim_v ? p->head_dim : p->head_dim_v;
-    const idx strip = VLEN * (wide > MHA_KEY_BLOCK ? wide : MHA_KEY_BLOCK);
+    const idx terms = MHA_MAX_TERMS * MHA_KEY_BLOCK, strip = VLEN * (wide > terms ? wide : terms);
     const idx sizes[] = {
         LANES,
         LANES,

@@ -1,4 +1,5 @@
-/* What changes scores after the product: mask and bias terms, and the interval of visible keys. */
+/* The terms of a score, mask and bias: what they do to a block, looked at before it costs anything.
+ */
 
 /* One row of term n for a lane, from the first visible key of its vector on: in place where it
  * can be, else a copy in `copy`. */
@@ -83,34 +84,25 @@ static int FN(any_nonzero)(vec x)
     return any;
 }
 
-/* Rule 2 of the canonical arithmetic; what an earlier term hid stays hidden, whatever this one is.
- */
-static ALWAYS_INLINE vec FN(with_term)(vec s, vec term)
-{
-    const vec minus_inf = v_set1(-(REAL)INFINITY);
-    const vec sum = v_max(v_set1(-LARGEST), v_fma(term, v_set1((REAL)LOG2_E), s));
-    return v_if_equal(s, minus_inf, s, v_if_equal(term, minus_inf, term, sum));
-}
-
-/* Set the tile to a block of keys, to be read as `k_reader` and `v_reader` can. Returns how
- * many terms must be added (listed in `mixed`), or -1 where no key of the block is visible. */
-static int FN(open_block)(mha_tile *t, idx block, int *mixed, int k_reader, int v_reader)
+/* Set the tile to a block of keys, to be read as `k_reader` and `v_reader` can, and find the terms
+ * that must be added. 0 where no key of the block is visible. */
+static int FN(open_block)(mha_tile *t, idx block, int k_reader, int v_reader)
 {
     const mha_problem *p = t->problem;
-    int num_mixed = 0;
+    t->num_mixed = 0;
     if (!mha_tile_block(t, block))
-        return -1;
+        return 0;
     for (int n = 0; n < p->num_terms; n++)
         if (FN(is_shared)(t, n) && !FN(trim_to_shared)(t, n))
-            return -1;
+            return 0;
     for (int n = 0; n < p->num_terms; n++) {
         const int effect = FN(term_effect)(t, n);
         if (effect == TERM_HIDES_ALL)
-            return -1;
+            return 0;
         if (effect == TERM_MIXED)
-            mixed[num_mixed++] = n;
+            t->mixed[t->num_mixed++] = n;
     }
     t->k_block = FN(block_rows)(t, &p->k, t->k, p->head_dim, t->k_copy, k_reader);
     t->v_block = FN(block_rows)(t, &p->v, t->v, p->head_dim_v, t->v_copy, v_reader);
-    return num_mixed;
+    return 1;
 }

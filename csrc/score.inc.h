@@ -1,0 +1,72 @@
+/* From product to score: rule 2 of the canonical arithmetic, once, for VLEN pairs of a row and a
+ * key however they lie in the lanes: a row in each and one key in all (queries in lanes), or one
+ * row in all and a key in each (keys in lanes). */
+
+/* What rows bring along to meet a key. Keys count from the start of the block. */
+typedef struct {
+    vec lo, hi;                            /* keys that a row sees, where the rule is bounded */
+    int bounded;                           /* some row does not see some key */
+    int shared[MHA_MAX_TERMS];             /* a term has one row for all queries */
+    const REAL *term[MHA_MAX_TERMS][VLEN]; /* rows of the mixed terms */
+} FN(rule);
+
+/* What is found out on the way: the maximum, and 1 where a key is hidden. */
+typedef struct {
+    vec best, hidden;
+} FN(found);
+
+/* Keys [lo, hi) of a row, clipped to the block, so exact in REAL. */
+static void FN(interval)(const mha_tile *t, int lane, REAL *lo, REAL *hi)
+{
+    const idx a = t->lo[lane] - t->key0, b = t->hi[lane] - t->key0;
+    *lo = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
+    *hi = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
+}
+
+/* The rule of VLEN rows from `lane` on, or of that one row in all lanes. */
+static FN(rule) FN(rule_of)(const mha_tile *t, int lane, int rows)
+{
+    FN(rule) rule;
+    REAL lo[VLEN] = {0}, hi[VLEN] = {0}, *copy = t->strip;
+    for (int i = 0; i < VLEN && t->hidden; i++)
+        FN(interval)(t, rows == 1 ? lane : lane + i, &lo[i], &hi[i]);
+    rule.bounded = t->hidden;
+    rule.lo = v_load(lo);
+    rule.hi = v_load(hi);
+    for (int n = 0; n < t->num_mixed; n++) {
+        rule.shared[n] = FN(is_shared)(t, t->mixed[n]);
+        for (int i = 0; i < (rule.shared[n] ? 1 : rows); i++, copy += MHA_KEY_BLOCK)
+            rule.term[n][i] = FN(term_row)(t, t->mixed[n], lane + i, copy);
+    }
+    return rule;
+}
+
+/* The scores of products `s` (the scale is in q), by a vector of each mixed term, in this order; a
+ * transform's derivative belongs beside it, step by step in the opposite order. What one term hid
+ * stays hidden, whatever the next is. */
+static ALWAYS_INLINE vec FN(score)(const FN(rule) * rule, vec s, vec key, const vec *term,
+                                   int num_terms, FN(found) * found)
+{
+    const vec minus_inf = v_set1(-(REAL)INFINITY);
+    /* Here stands what bends a product (a softcap), then what goes by positions (ALiBi). */
+    EACH (n, num_terms) {
+        const vec sum = v_max(v_set1(-LARGEST), v_fma(term[n], v_set1((REAL)LOG2_E), s));
+        s = v_if_equal(s, minus_inf, s, v_if_equal(term[n], minus_inf, minus_inf, sum));
+    }
+    if (rule->bounded)
+        s = v_if_less(key, rule->hi, v_if_less(key, rule->lo, minus_inf, s), minus_inf);
+    found->best = v_max(s, found->best);
+    found->hidden = v_if_equal(s, minus_inf, v_set1(1), found->hidden);
+    return s;
+}
+
+/* Call f with a constant number of terms. */
+#define BY_TERMS(num_terms, f, ...)                                                                \
+    do {                                                                                           \
+        if ((num_terms) == 0)                                                                      \
+            f(__VA_ARGS__, 0);                                                                     \
+        else if ((num_terms) == 1)                                                                 \
+            f(__VA_ARGS__, 1);                                                                     \
+        else                                                                                       \
+            f(__VA_ARGS__, MHA_MAX_TERMS);                                                         \
+    } while (0)
