@@ -20,28 +20,21 @@ static void FN(decode_softmax)(mha_tile *t)
     }
 }
 
-/* part[row][d..] += P V over keys [begin, end) for nv vectors of head dims. */
-static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, int begin, int end, int row,
-                                                 int rows, int nv, idx d, int dtype)
+/* O += P V for `rows` queries and nv vectors of head dims from d on. */
+static ALWAYS_INLINE void FN(decode_value_chunk)(const mha_tile *t, const FN(product) * whole,
+                                                 idx d, int rows, int nv, int dtype)
 {
-    const idx dim = t->problem->head_dim_v, size = FN(size_of)(dtype);
-    const mha_rows *v = &t->v_block;
-    REAL *part = (REAL *)t->o_block + row * dim + d;
-    vec acc[16];
+    const idx size = FN(size_of)(dtype), stride = whole->b_depth * size;
+    FN(product) p = *whole;
+    p.b = (const char *)whole->b + d * size;
+    p.c += d;
     if (!FN(values_pass_once)(t)) {
-        const char *line = (const char *)v->data + (end * v->row + d) * size;
-        for (int i = 0; i < end - begin; i++, line += v->row * size)
+        const char *line = (const char *)p.b + p.depth * stride;
+        for (idx i = 0; i < p.depth; i++, line += stride)
             for (idx at = 0; at < nv * VLEN * size; at += 64)
                 PREFETCH(line + at);
     }
-    EACH (i, rows)
-        EACH (c, nv)
-            acc[i * nv + c] = v_load(part + i * dim + c * VLEN);
-    FN(multiply)(acc, rows, nv, end - begin, (const REAL *)t->s + row * SCORE_ROW + begin,
-                 SCORE_ROW, 1, (const char *)v->data + (begin * v->row + d) * size, v->row, dtype);
-    EACH (i, rows)
-        EACH (c, nv)
-            v_store(part + i * dim + c * VLEN, acc[i * nv + c]);
+    FN(product_tile)(&p, 0, rows, nv, FN(ADD), dtype, NULL);
 }
 
 /* The same for one row and n <= VLEN head dims: the last ones, and all where V holds an Inf or
@@ -70,11 +63,22 @@ static ALWAYS_INLINE void FN(decode_value_rows)(const mha_tile *t, int begin, in
 {
     const int nv = DECODE_NV(rows);
     const idx dim = t->problem->head_dim_v;
+    const mha_rows *v = &t->v_block;
+    const FN(product) p = {
+        .a = (const REAL *)t->s + row * SCORE_ROW + begin,
+        .a_row = SCORE_ROW,
+        .a_depth = 1,
+        .b = (const char *)v->data + begin * v->row * FN(size_of)(dtype),
+        .b_depth = v->row,
+        .depth = end - begin,
+        .c = (REAL *)t->o_block + row * dim,
+        .c_row = dim,
+    };
     idx d = 0;
     for (; d + nv * VLEN <= dim && !guarded; d += nv * VLEN)
-        FN(decode_value_chunk)(t, begin, end, row, rows, nv, d, dtype);
+        FN(decode_value_chunk)(t, &p, d, rows, nv, dtype);
     for (; d + VLEN <= dim && !guarded; d += VLEN)
-        FN(decode_value_chunk)(t, begin, end, row, rows, 1, d, dtype);
+        FN(decode_value_chunk)(t, &p, d, rows, 1, dtype);
     for (; d < dim; d += VLEN)
         for (int i = 0; i < rows; i++)
             FN(decode_value_tail)(t, begin, end, row + i, d, dim - d < VLEN ? (int)(dim - d) : VLEN,

@@ -27,10 +27,10 @@
 
 #include "exp2.inc.h"
 #include "rows.inc.h"
-#include "multiply.inc.h"
 #include "terms.inc.h"
 #include "score.inc.h"
 #include "state.inc.h"
+#include "product.inc.h"
 #include "prefill.inc.h"
 #include "decode_scores.inc.h"
 #include "decode.inc.h"

@@ -17,41 +17,25 @@
             f(__VA_ARGS__, NV);                                                                    \
     } while (0)
 
-/* Scores of `rows` keys from key j on, and their maximum. */
-static ALWAYS_INLINE void FN(score_rows)(const mha_tile *t, int rows, int nv, int j, idx lane,
-                                         vec *best)
-{
-    vec acc[8 * NV];
-    REAL *s = (REAL *)t->s + j * LANES + lane;
-    EACH (i, rows)
-        EACH (v, nv)
-            acc[i * nv + v] = v_set1(0);
-    const mha_rows *k = &t->k_block;
-    FN(multiply)(acc, rows, nv, t->problem->head_dim, (const REAL *)k->data + j * k->row, k->row,
-                 k->col, (const REAL *)t->q_panel + lane, LANES, DTYPE);
-    EACH (i, rows)
-        EACH (v, nv) {
-            v_store(s + i * LANES + v * VLEN, acc[i * nv + v]);
-            best[v] = v_max(acc[i * nv + v], best[v]);
-        }
-}
-
+/* S^T = K Q^T of one segment: rows are keys. */
 static ALWAYS_INLINE void FN(score_segment)(mha_tile *t, const mha_segment *seg, int nv)
 {
     const idx lane = seg->first * VLEN;
+    const FN(product) p = {
+        .a = t->k_block.data,
+        .a_row = t->k_block.row,
+        .a_depth = t->k_block.col,
+        .b = (const REAL *)t->q_panel + lane,
+        .b_depth = LANES,
+        .depth = t->problem->head_dim,
+        .c = (REAL *)t->s + lane,
+        .c_row = LANES,
+    };
     REAL *m = (REAL *)t->m_block + lane;
     vec best[NV];
-    int j = seg->begin;
     EACH (v, nv)
         best[v] = v_load(m + v * VLEN);
-    for (; j + ROWS(nv) <= seg->end; j += ROWS(nv)) {
-        FN(score_rows)(t, ROWS(nv), nv, j, lane, best);
-        FN(fetch_ahead)(t);
-    }
-    for (; j + 2 <= seg->end; j += 2)
-        FN(score_rows)(t, 2, nv, j, lane, best);
-    if (j < seg->end)
-        FN(score_rows)(t, 1, nv, j, lane, best);
+    FN(product_rows)(t, &p, seg->begin, seg->end, nv, FN(STORE_MAX), best);
     EACH (v, nv)
         v_store(m + v * VLEN, best[v]);
 }
@@ -102,8 +86,8 @@ static ALWAYS_INLINE void FN(score_vector)(mha_tile *t, int g, FN(found) * found
 
 /* Scores from products, and their maximum anew: that of the products may come from a key that the
  * row does not see. Finds out whether any key of the block is hidden, which a float bias rarely
- * does. */
-static void FN(prefill_score)(mha_tile *t)
+ * does. A function with registers of its own, apart from the product's. */
+static NOINLINE void FN(prefill_score)(mha_tile *t)
 {
     int hidden = 0;
     for (int g = 0; g < t->vectors; g++) {
@@ -172,45 +156,25 @@ static void FN(prefill_softmax)(mha_tile *t)
     }
 }
 
-/* Weighted sums of `rows` head dims from d on over one segment. With factors a and b, [LANES] each
- * in memory (in registers they would displace the operands of the loop), they merge into o at
- * once: the segment is the whole block. Without, they are carried on in o_block. */
-static ALWAYS_INLINE void FN(value_rows)(const mha_tile *t, const mha_segment *seg, int rows,
-                                         int nv, idx d, const REAL *a, const REAL *b)
+/* O^T (+)= V^T P^T of one segment: rows are head dims. Merged into o at once where the segment is
+ * the whole block, else carried on in o_block from segment to segment. */
+static ALWAYS_INLINE void FN(value_segment)(mha_tile *t, const mha_segment *seg, int ending, int nv)
 {
-    vec acc[8 * NV];
     const idx lane = seg->first * VLEN;
-    REAL *o = (REAL *)t->o + d * LANES + lane, *part = (REAL *)t->o_block + d * LANES + lane;
-    EACH (i, rows)
-        EACH (v, nv)
-            acc[i * nv + v] = a ? v_set1(0) : v_load(part + i * LANES + v * VLEN);
-    FN(multiply)(acc, rows, nv, seg->end - seg->begin,
-                 (const REAL *)t->v_block.data + seg->begin * t->v_block.row + d, 1, t->v_block.row,
-                 (const REAL *)t->s + seg->begin * LANES + lane, LANES, DTYPE);
-    EACH (i, rows)
-        EACH (v, nv) {
-            const idx at = i * LANES + v * VLEN;
-            if (a)
-                v_store(o + at, v_fma(v_load(o + at), v_load(a + lane + v * VLEN),
-                                      v_mul(acc[i * nv + v], v_load(b + lane + v * VLEN))));
-            else
-                v_store(part + at, acc[i * nv + v]);
-        }
-}
-
-static ALWAYS_INLINE void FN(value_segment)(mha_tile *t, const mha_segment *seg, const REAL *a,
-                                            const REAL *b, int nv)
-{
-    const idx dim = t->problem->head_dim_v;
-    idx d = 0;
-    for (; d + ROWS(nv) <= dim; d += ROWS(nv)) {
-        FN(value_rows)(t, seg, ROWS(nv), nv, d, a, b);
-        FN(fetch_ahead)(t);
-    }
-    for (; d + 2 <= dim; d += 2)
-        FN(value_rows)(t, seg, 2, nv, d, a, b);
-    if (d < dim)
-        FN(value_rows)(t, seg, 1, nv, d, a, b);
+    const mha_rows *v = &t->v_block;
+    const FN(product) p = {
+        .a = (const REAL *)v->data + seg->begin * v->row,
+        .a_row = 1,
+        .a_depth = v->row,
+        .b = (const REAL *)t->s + seg->begin * LANES + lane,
+        .b_depth = LANES,
+        .depth = seg->end - seg->begin,
+        .c = (REAL *)(ending == FN(MERGE) ? t->o : t->o_block) + lane,
+        .c_row = LANES,
+        .old_factor = (const REAL *)t->a + lane,
+        .new_factor = (const REAL *)t->b + lane,
+    };
+    FN(product_rows)(t, &p, 0, t->problem->head_dim_v, nv, ending, NULL);
 }
 
 /* The same for a block where some lane may not see some key and V holds an Inf or NaN: 0 * Inf is
@@ -260,8 +224,7 @@ static void FN(prefill_weighted_sum)(mha_tile *t)
     FN(merge_sums)(t, t->m_block, t->l_block, t->vectors);
     if (t->num_segments == 1 && !guarded) {
         const mha_segment *seg = t->segment;
-        const REAL *a = t->a, *b = t->b;
-        BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, a, b);
+        BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, FN(MERGE));
         return;
     }
     memset(part, 0, sizeof(REAL) * (size_t)t->problem->head_dim_v * LANES);
@@ -270,7 +233,7 @@ static void FN(prefill_weighted_sum)(mha_tile *t)
         if (guarded)
             FN(value_segment_guarded)(t, seg);
         else
-            BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, NULL, NULL);
+            BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, FN(ADD));
     }
     FN(prefill_merge_part)(t, part);
 }
