@@ -1,5 +1,5 @@
 /* The one kernel text, compiled once per ISA and compute dtype. Two kernels with the same bits:
- * prefill.inc.h has queries in the lanes; decode*.inc.h, for tiles of few rows, has keys there.
+ * queries_in_lanes.inc.h, and for tiles of few rows keys_in_lanes.inc.h.
  *
  * Canonical arithmetic. These rules alone decide the bits of a row; tile shape, lane, thread,
  * ISA, memory layout and batch do not enter:
@@ -31,40 +31,41 @@
 #include "score.inc.h"
 #include "state.inc.h"
 #include "product.inc.h"
-#include "prefill.inc.h"
-#include "decode_scores.inc.h"
-#include "decode.inc.h"
+#include "queries_in_lanes.inc.h"
+#include "key_panels.inc.h"
+#include "keys_in_lanes.inc.h"
 #include "write.inc.h"
-#include "measure.inc.h"
+#include "probe.inc.h"
 
-static const mha_kernel FN(prefill) = {
+static const mha_kernel FN(queries_in_lanes) = {
     LANES,
     VLEN,
-    FN(prefill_state_bytes),
-    FN(prefill_begin),
-    FN(prefill_scores),
-    FN(prefill_softmax),
-    FN(prefill_weighted_sum),
+    FN(queries_tile_bytes),
+    FN(queries_state_bytes),
+    FN(queries_begin),
+    FN(queries_scores),
+    FN(queries_softmax),
+    FN(queries_weighted_sum),
     FN(save),
-    FN(prefill_merge),
-    FN(prefill_finish),
-    FN(prefill_write_scores),
+    FN(queries_merge),
+    FN(queries_finish),
+    FN(queries_write_scores),
 };
 
-static const mha_kernel FN(decode) = {
+static const mha_kernel FN(keys_in_lanes) = {
     (VLEN + 1) / 2, /* rows up to which keys in the lanes cost less, in cache as from DRAM */
     VLEN,
-    FN(decode_state_bytes),
-    FN(decode_begin),
-    FN(decode_scores),
-    FN(decode_softmax),
-    FN(decode_weighted_sum),
+    FN(keys_tile_bytes),
+    FN(keys_state_bytes),
+    FN(keys_begin),
+    FN(keys_scores),
+    FN(keys_softmax),
+    FN(keys_weighted_sum),
     FN(save),
-    FN(decode_merge),
-    FN(decode_finish),
-    FN(decode_write_scores),
+    FN(keys_merge),
+    FN(keys_finish),
+    FN(keys_write_scores),
 };
 
-static const mha_kernels FN(kernels) = {
-    &FN(prefill), &FN(decode), FN(exp2_array), FN(fma_chain), FN(read_all),
-};
+static const mha_probe FN(probe) = {FN(exp2_array), FN(fma_chain), FN(read_all)};
+static const mha_kernels FN(kernels) = {&FN(queries_in_lanes), &FN(keys_in_lanes), &FN(probe)};

@@ -1,12 +1,28 @@
-/* The only interface between the three rooms: the problem, one tile of it, and the kernel table.
+/* The only interface between the three rooms: the question and its answers, one tile, and the
+ * kernel table.
  *
- *   problem   what to compute: arrays with byte strides, sizes, the interval rule
+ *   problem   the question: arrays, who sees whom, how a product becomes a score
+ *   job       what one call computes of it
  *   tile      LANES query rows of one (batch, KV head), and the state of their online softmax
  *   kernel    the functions that carry one tile through one block of keys, per ISA and dtype
  *
  * Rows of a tile are the (position, head of the group) pairs of one KV head, position-major:
  * row r is position r / group_size, head r % group_size of the group. So K and V are read once
  * for all heads that share them, and positions never decrease from lane to lane.
+ *
+ * One tile meets one block of keys; here three vectors of two lanes, and a causal edge:
+ *
+ *              keys of the block
+ *     lane 0   x x x . . . . . . .   span of a row: the keys it sees, x
+ *          1   x x x x . . . . . .   reach of vector 0: keys 0 to 3
+ *          2   x x x x x . . . . .
+ *          3   x x x x x x . . . .   reach of vector 1: keys 0 to 5
+ *          4   x x x x x x x . . .
+ *          5   x x x x x x x x . .   reach of vector 2: keys 0 to 7
+ *              |-----| |-| |-|       segments of the block: of vectors 0 to 2, 1 to 2, and 2
+ *
+ * Register tiles are computed by segments; what a row does not see of its vector's reach is hidden
+ * afterwards. Names of strides end in _bytes where they count bytes; the others count elements.
  */
 #ifndef MHA_H
 #define MHA_H
@@ -51,31 +67,76 @@ enum {
 /* What a mask or bias does to a block of scores. */
 enum { TERM_UNKNOWN, TERM_HIDES_ALL, TERM_ADDS_NOTHING, TERM_MIXED };
 
-/* Strides are in bytes; an axis that is broadcast has stride 0. data is NULL when absent. */
+/* An axis that is broadcast has stride 0. data is NULL when absent. The caller owns what
+ * batch_bytes and batch_shape point to. */
 typedef struct {
     char *data;
     int dtype;
-    idx head, row, col;
-    idx batch[MHA_MAX_AXES];
+    idx head_bytes, row_bytes, col_bytes;
+    const idx *batch_bytes; /* [batch_axes] */
 } mha_array;
 
-/* With a `scores` array, scores go out too: as weights, where `sums` has what attention found out
- * about each row. Without `out`, nothing else does: as they are, plus `addend`. */
 typedef struct {
-    mha_array q, k, v, out, lse;
-    mha_array scores, sums;            /* sums: max and 1 / sum of each row, in the compute dtype */
-    const int64_t *rows_of, *heads_of; /* place in `scores` of a row, head; -1: not wanted */
-    const void *addend;                /* [seqlen_k] in the compute dtype, or NULL */
-    mha_array terms[MHA_MAX_TERMS];    /* mask and bias, both added to the scores */
-    mha_array q_offset, kv_lengths;    /* int64, batch axes only */
-    int num_terms, batch_axes;
-    idx batch_shape[MHA_MAX_AXES];
+    int batch_axes;
+    const idx *batch_shape;
     idx batch, kv_heads, group_size, seqlen_q, seqlen_k, head_dim, head_dim_v;
-    idx window_left, window_right;
-    double scale; /* of the scores in log2 units: includes log2(e) */
+} mha_sizes;
+
+/* Who sees whom. Query row i stands at position i + q_offset and sees the keys from position - left
+ * to position + right that exist. */
+typedef struct {
+    mha_array q_offset, kv_lengths; /* int64, batch axes only; absent: the last query sees the last
+                                       key, and all keys exist */
+    idx left, right;
+} mha_spans;
+
+/* How a product becomes a score, in this order. */
+typedef struct {
+    double scale;                   /* of q; with log2(e) where scores are exponents of 2 */
+    mha_array terms[MHA_MAX_TERMS]; /* mask and bias, both added */
+    int num_terms;
+} mha_scoring;
+
+/* The question, shared by every kind of answer. */
+typedef struct {
+    mha_sizes n;
+    mha_array q, k, v;
+    mha_spans spans;
+    mha_scoring scoring;
 } mha_problem;
 
-/* Of some lanes: keys [begin, end) are seen by one of them at least, [all_begin, all_end) by all.
+/* sums: m and 1 / l of each row, in the compute dtype, from which a second pass has the weights. */
+typedef struct {
+    mha_array out, lse, sums;
+} mha_results;
+
+/* The stage after which scores go out: as products, plus the addend; or as weights, for which the
+ * sums must be known. */
+enum { MHA_PRODUCTS, MHA_WEIGHTS };
+
+typedef struct {
+    mha_array to;
+    int stage;
+    const int64_t *rows_of, *heads_of; /* place in `to` of a row, head; -1: not wanted; NULL: all */
+    const void *addend;                /* [seqlen_k] in the compute dtype, or NULL */
+} mha_scores_out;
+
+/* What one call computes; an answer that is not wanted has no data. */
+typedef struct {
+    const mha_problem *problem;
+    mha_results results;
+    mha_scores_out scores;
+} mha_job;
+
+/* Where a task's tile is: its rows, the keys that exist, the position of query 0, K and V. */
+typedef struct {
+    idx batch, kv_head, first_row;
+    int rows;
+    idx length, offset;
+    const char *k, *v; /* of this batch row and KV head */
+} mha_place;
+
+/* Of a vector: keys [begin, end) are seen by one of its rows at least, [all_begin, all_end) by all.
  */
 typedef struct {
     idx begin, end, all_begin, all_end;
@@ -96,70 +157,88 @@ typedef struct {
 /* Rows of memory to ask for before they are needed. */
 typedef struct {
     const char *row;
-    idx stride, rows, bytes;
+    idx stride_bytes, rows, bytes;
 } mha_stream;
 
+/* The online softmax of a tile: running row max (log2 units), row sum and weighted sum. The three
+ * are one piece of memory, the state of state.inc.h, which can be saved, and merged later. */
 typedef struct {
-    const mha_problem *problem;
-    idx next_task;            /* that this thread will probably do next; -1: unknown */
-    int rows, vectors, lanes; /* lanes: of the vectors in use */
-    const char *k, *v;        /* of this batch row and KV head */
-    idx head[MHA_MAX_LANES], query[MHA_MAX_LANES]; /* of each row */
-    char *q_row[MHA_MAX_LANES];
-    char *out_row[MHA_MAX_LANES];
-    char *lse_row[MHA_MAX_LANES];
-    char *scores_row[MHA_MAX_LANES], *sums_row[MHA_MAX_LANES];
-    int writes_scores; /* of some row */
-    char *term_row[MHA_MAX_TERMS][MHA_MAX_LANES];
-    idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* keys that a lane may see: [lo, hi) */
-    mha_reach reach[MHA_MAX_VECTORS];
-    idx first_block, last_block;
-
-    /* The block at hand; keys count from the start of the block. */
-    idx key0;
-    int begin[MHA_MAX_VECTORS], end[MHA_MAX_VECTORS];
-    int num_segments, hidden; /* hidden: some lane may not see some key of its vector's range */
-    mha_segment segment[2 * MHA_MAX_VECTORS];
-    int num_mixed, mixed[MHA_MAX_TERMS]; /* terms that must be added */
-    mha_rows k_block, v_block;
-
-    int num_ahead, ahead_pace; /* streams of the next task, and rows of them to ask for at a time */
-    mha_stream ahead[4];
-
-    /* Workspace. Prefill has queries in the lanes, decode has rows of keys and head dims. */
-    void *m, *l, *o;    /* the state: running row max (log2 units), row sum, weighted sum */
-    size_t state_bytes; /* of the three together */
-    void *total;        /* the state of the complete runs before, if has_total */
+    void *m, *l, *o;
+    size_t bytes; /* of the three together */
+    void *total;  /* the state of the complete runs before, if has_total */
     int has_total;
     idx o_rows, o_stride, o_live; /* o is [o_rows][o_stride], the first o_live columns in use */
-    void *m_block, *l_block;      /* max and sum of the block at hand */
-    void *a, *b;                  /* factors of the state and of the block when they merge */
-    void *q_panel;                /* Q times scale * log2(e), in the kernel's order */
-    void *s;                      /* scores, then probabilities */
-    void *o_block;                /* the weighted sum of the block, in pieces */
-    void *k_copy, *v_copy; /* [MHA_KEY_BLOCK][head_dim(_v)] of blocks not readable in place */
-    void *strip;           /* rows on their way through a transpose or a conversion */
+} mha_state;
+
+typedef struct {
+    const mha_job *job;
+    const mha_problem *problem;
+    mha_place place;
+    idx next_task;      /* that this thread will probably do next; -1: unknown */
+    int vectors, lanes; /* in use; lanes past the last row repeat it */
+    int writes_scores;  /* of some row */
+    idx first_block, last_block;
+    mha_reach reach[MHA_MAX_VECTORS];
+
+    struct {
+        idx head[MHA_MAX_LANES], query[MHA_MAX_LANES];
+        idx lo[MHA_MAX_LANES], hi[MHA_MAX_LANES]; /* its span */
+        char *q[MHA_MAX_LANES], *out[MHA_MAX_LANES], *lse[MHA_MAX_LANES], *sums[MHA_MAX_LANES];
+        char *scores[MHA_MAX_LANES]; /* NULL: not wanted */
+        char *term[MHA_MAX_TERMS][MHA_MAX_LANES];
+    } row; /* of each lane */
+
+    struct {
+        idx first_key;                                    /* all other keys count from this one */
+        int begin[MHA_MAX_VECTORS], end[MHA_MAX_VECTORS]; /* each vector's reach in the block */
+        int hides; /* some row may not see some key of its vector's reach */
+        int num_segments, num_mixed;
+        mha_segment segment[2 * MHA_MAX_VECTORS];
+        int mixed[MHA_MAX_TERMS]; /* terms that must be added */
+        mha_rows k, v;
+        void *s;               /* scores, then probabilities */
+        void *m, *l, *o;       /* its max, sum, and weighted sum, in pieces */
+        void *k_copy, *v_copy; /* [MHA_KEY_BLOCK][head_dim(_v)] where not readable in place */
+    } block;                   /* at hand */
+
+    mha_state state;
+
+    struct {
+        int num, pace; /* streams, and rows of them to ask for at a time */
+        mha_stream stream[4];
+    } ahead; /* what comes next */
+
+    void *a, *b;   /* factors of the state and of the block when they merge */
+    void *q_panel; /* Q times the scale, in the layout's order */
+    void *strip;   /* rows on their way through a transpose or a conversion */
 } mha_tile;
 
 typedef struct {
-    int lanes;  /* rows of a full tile */
-    int vector; /* numbers in a vector */
-    size_t (*state_bytes)(const mha_problem *);
-    mha_tile *(*begin)(const mha_problem *, idx task); /* NULL: out of memory */
-    int (*scores_block)(mha_tile *, idx block);        /* 0: no key of it is visible */
+    int lanes;                                     /* rows of a full tile */
+    int vector;                                    /* numbers in a vector */
+    size_t (*tile_bytes)(const mha_problem *);     /* scratch memory of a thread */
+    size_t (*state_bytes)(const mha_problem *);    /* of a record */
+    mha_tile *(*begin)(const mha_job *, idx task); /* NULL: out of memory */
+    int (*scores_block)(mha_tile *, idx block);    /* 0: no key of it is visible */
     void (*softmax_block)(mha_tile *);
     void (*weighted_sum_block)(mha_tile *);
     void (*save)(mha_tile *, void *record); /* put the state aside and start a new one */
     void (*merge)(mha_tile *, const void *record);
     void (*finish)(mha_tile *);
-    void (*write_scores)(mha_tile *); /* of the block at hand */
+    void (*write_scores)(mha_tile *); /* of the block at hand, zeros where nothing is visible */
 } mha_kernel;
 
+/* What tests and benchmarks ask of an ISA. */
 typedef struct {
-    const mha_kernel *prefill, *decode; /* tiles of many rows, and of decode->lanes at most */
-    void (*exp2)(const void *x, void *y, idx n);    /* the exponential, for its tests */
-    double (*fma_chain)(idx rounds, double *flops); /* FMA peak, for benchmarks */
-    double (*read_all)(const void *x, idx n);       /* read bandwidth, for benchmarks */
+    void (*exp2)(const void *x, void *y, idx n);    /* the exponential by itself */
+    double (*fma_chain)(idx rounds, double *flops); /* FMA peak */
+    double (*read_all)(const void *x, idx n);       /* read bandwidth */
+} mha_probe;
+
+typedef struct {
+    const mha_kernel *queries_in_lanes;
+    const mha_kernel *keys_in_lanes; /* for tiles of at most its `lanes` rows */
+    const mha_probe *probe;
 } mha_kernels;
 
 typedef struct {
@@ -183,8 +262,8 @@ int mha_isa_usable(int i);
 
 /* tile.c: geometry, free of dtype and ISA. */
 idx mha_tile_count(const mha_problem *problem, int lanes);
-void mha_tile_begin(mha_tile *tile, const mha_problem *problem, idx task, int lanes, int vlen);
-int mha_tile_rows(const mha_problem *problem, idx task, int lanes);
+mha_place mha_place_of(const mha_problem *problem, idx task, int lanes);
+void mha_tile_begin(mha_tile *tile, const mha_job *job, idx task, int lanes, int vlen);
 int mha_tile_block(mha_tile *tile, idx block);
 int mha_tile_trim(mha_tile *tile, int begin, int end);
 void mha_tile_look_ahead(mha_tile *tile, int lanes);

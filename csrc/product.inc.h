@@ -2,7 +2,7 @@
  * number, so any strides are fine; B and C are rows of vectors. Three chains stay apart: scores of
  * keys in the lanes, whose K is transposed in registers and never lies in memory as a B
  * (key_panels.inc.h); the last few columns of them and of values, which are no whole vector; and
- * values where some product must be left out (value_segment_guarded, decode_value_tail). */
+ * values where some product must be left out (value_segment_guarded, keys_value_tail). */
 
 typedef struct {
     const REAL *a;

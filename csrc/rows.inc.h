@@ -100,43 +100,45 @@ static void FN(copy_columns)(REAL *copy, const char *block, const mha_array *a, 
         for (int j = begin; j < end; j += VLEN) {
             const int keys = end - j < VLEN ? end - j : VLEN;
             const int dims = cols - d < VLEN ? (int)(cols - d) : VLEN;
-            const char *src = block + d * a->col + j * size;
+            const char *src = block + d * a->col_bytes + j * size;
             REAL *to = copy + j * cols + d;
             if (keys == VLEN && dims == VLEN && a->dtype == DTYPE)
-                FN(copy_piece)(to, cols, src, a->col, VLEN, VLEN, DTYPE);
+                FN(copy_piece)(to, cols, src, a->col_bytes, VLEN, VLEN, DTYPE);
             else
-                FN(copy_piece)(to, cols, src, a->col, keys, dims, a->dtype);
+                FN(copy_piece)(to, cols, src, a->col_bytes, keys, dims, a->dtype);
         }
 }
 
-/* What a reader of K or V can do: take single numbers, so that any strides are fine; take vectors;
- * take vectors and widen 16-bit floats on the way; take vectors along columns too. */
-enum { FN(BY_NUMBER), FN(BY_VECTOR), FN(BY_VECTOR_WIDENED), FN(BY_VECTOR_OR_COLUMN) };
+/* What a reader of K or V can do beside taking vectors of the compute dtype along rows: take single
+ * numbers, so that any strides are fine; take vectors along columns; widen 16-bit floats. */
+enum { FN(TAKES_NUMBERS) = 1, FN(TAKES_COLUMNS) = 2, FN(WIDENS) = 4 };
 
 /* The block's rows, of `cols` columns, of an array: in place where the reader can read them, else a
  * copy of those that are visible. */
 static mha_rows FN(block_rows)(const mha_tile *t, const mha_array *a, const char *head, idx cols,
                                void *copy, int reader)
 {
-    const char *block = head + t->key0 * a->row;
+    const char *block = head + t->block.first_key * a->row_bytes;
     const int half = a->dtype == MHA_F16 || a->dtype == MHA_BF16;
     const idx size = half ? 2 : sizeof(REAL);
-    const int readable = half ? reader >= FN(BY_VECTOR_WIDENED) && a->row % 2 == 0
-                              : FN(in_place)(block, a->row, a->col, a->dtype);
-    const int columns = !half && reader == FN(BY_VECTOR_OR_COLUMN) && a->row == size;
-    if (readable && (reader == FN(BY_NUMBER) || a->col == size || columns))
-        return (mha_rows){block, a->row / size, a->col / size, a->dtype};
-    const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
+    const int numbers = half ? reader & FN(WIDENS) && a->row_bytes % 2 == 0
+                             : FN(in_place)(block, a->row_bytes, a->col_bytes, a->dtype);
+    const int columns = !half && reader & FN(TAKES_COLUMNS) && a->row_bytes == size;
+    if (numbers && (a->col_bytes == size || columns || reader & FN(TAKES_NUMBERS)))
+        return (mha_rows){block, a->row_bytes / size, a->col_bytes / size, a->dtype};
+    const int begin = t->block.segment[0].begin,
+              end = t->block.segment[t->block.num_segments - 1].end;
     const mha_rows rows = {copy, cols, 1, DTYPE};
-    if (a->row == size && a->dtype != MHA_BOOL && (half || a->dtype == DTYPE)) {
+    if (a->row_bytes == size && a->dtype != MHA_BOOL && (half || a->dtype == DTYPE)) {
         FN(copy_columns)(copy, block, a, cols, begin, end);
         return rows;
     }
     for (int j = begin; j < end; j++) {
-        const char *ahead = block + (j + 32) * a->row;
-        for (idx at = 0; a->col <= MHA_DENSE && at < cols * a->col; at += 64)
+        const char *ahead = block + (j + 32) * a->row_bytes;
+        for (idx at = 0; a->col_bytes <= MHA_DENSE && at < cols * a->col_bytes; at += 64)
             PREFETCH(ahead + at);
-        FN(read_row)((REAL *)copy + j * cols, block + j * a->row, a->col, cols, a->dtype);
+        FN(read_row)((REAL *)copy + j * cols, block + j * a->row_bytes, a->col_bytes, cols,
+                     a->dtype);
     }
     return rows;
 }

@@ -4,7 +4,7 @@
 
 /* What rows bring along to meet a key. Keys count from the start of the block. */
 typedef struct {
-    vec lo, hi;                            /* keys that a row sees, where the rule is bounded */
+    vec lo, hi;                            /* the spans of the rows, where bounded */
     int bounded;                           /* some row does not see some key */
     int shared[MHA_MAX_TERMS];             /* a term has one row for all queries */
     const REAL *term[MHA_MAX_TERMS][VLEN]; /* rows of the mixed terms */
@@ -15,10 +15,10 @@ typedef struct {
     vec best, hidden;
 } FN(found);
 
-/* Keys [lo, hi) of a row, clipped to the block, so exact in REAL. */
-static void FN(interval)(const mha_tile *t, int lane, REAL *lo, REAL *hi)
+/* The span of a row, clipped to the block, so exact in REAL. */
+static void FN(span)(const mha_tile *t, int lane, REAL *lo, REAL *hi)
 {
-    const idx a = t->lo[lane] - t->key0, b = t->hi[lane] - t->key0;
+    const idx a = t->row.lo[lane] - t->block.first_key, b = t->row.hi[lane] - t->block.first_key;
     *lo = (REAL)(a < 0 ? 0 : a < MHA_KEY_BLOCK ? a : MHA_KEY_BLOCK);
     *hi = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
 }
@@ -28,15 +28,15 @@ static FN(rule) FN(rule_of)(const mha_tile *t, int lane, int rows)
 {
     FN(rule) rule;
     REAL lo[VLEN] = {0}, hi[VLEN] = {0}, *copy = t->strip;
-    for (int i = 0; i < VLEN && t->hidden; i++)
-        FN(interval)(t, rows == 1 ? lane : lane + i, &lo[i], &hi[i]);
-    rule.bounded = t->hidden;
+    for (int i = 0; i < VLEN && t->block.hides; i++)
+        FN(span)(t, rows == 1 ? lane : lane + i, &lo[i], &hi[i]);
+    rule.bounded = t->block.hides;
     rule.lo = v_load(lo);
     rule.hi = v_load(hi);
-    for (int n = 0; n < t->num_mixed; n++) {
-        rule.shared[n] = FN(is_shared)(t, t->mixed[n]);
+    for (int n = 0; n < t->block.num_mixed; n++) {
+        rule.shared[n] = FN(is_shared)(t, t->block.mixed[n]);
         for (int i = 0; i < (rule.shared[n] ? 1 : rows); i++, copy += MHA_KEY_BLOCK)
-            rule.term[n][i] = FN(term_row)(t, t->mixed[n], lane + i, copy);
+            rule.term[n][i] = FN(term_row)(t, t->block.mixed[n], lane + i, copy);
     }
     return rule;
 }

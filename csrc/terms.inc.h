@@ -5,33 +5,35 @@
  * can be, else a copy in `copy`. */
 static const REAL *FN(term_row)(const mha_tile *t, int n, int lane, REAL *copy)
 {
-    const mha_array *term = &t->problem->terms[n];
-    const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
-    const char *src = t->term_row[n][lane] + (t->key0 + t->begin[g]) * term->col;
-    if (FN(in_place)(src, 0, term->col, term->dtype) && term->col == sizeof(REAL))
+    const mha_array *term = &t->problem->scoring.terms[n];
+    const int g = lane / VLEN, keys = t->block.end[g] - t->block.begin[g];
+    const char *src =
+        t->row.term[n][lane] + (t->block.first_key + t->block.begin[g]) * term->col_bytes;
+    if (FN(in_place)(src, 0, term->col_bytes, term->dtype) && term->col_bytes == sizeof(REAL))
         return (const REAL *)src;
-    FN(read_row)(copy, src, term->col, keys, term->dtype);
+    FN(read_row)(copy, src, term->col_bytes, keys, term->dtype);
     /* The same row of the next block: rows lie far apart, so only we know what comes. */
-    for (idx at = 0; term->col <= MHA_DENSE && at < keys * term->col; at += 64)
-        PREFETCH(src + MHA_KEY_BLOCK * term->col + at);
+    for (idx at = 0; term->col_bytes <= MHA_DENSE && at < keys * term->col_bytes; at += 64)
+        PREFETCH(src + MHA_KEY_BLOCK * term->col_bytes + at);
     return copy;
 }
 
 /* One row that all queries share, such as padding: its hidden ends cost nothing. */
 static int FN(is_shared)(const mha_tile *t, int n)
 {
-    const mha_array *term = &t->problem->terms[n];
-    return term->row == 0 && (term->head == 0 || t->problem->group_size == 1);
+    const mha_array *term = &t->problem->scoring.terms[n];
+    return term->row_bytes == 0 && (term->head_bytes == 0 || t->problem->n.group_size == 1);
 }
 
 static int FN(trim_to_shared)(mha_tile *t, int n)
 {
-    const mha_array *term = &t->problem->terms[n];
-    const int begin = t->segment[0].begin, end = t->segment[t->num_segments - 1].end;
+    const mha_array *term = &t->problem->scoring.terms[n];
+    const int begin = t->block.segment[0].begin,
+              end = t->block.segment[t->block.num_segments - 1].end;
     REAL *row = t->strip;
     int first = 0, last = end - begin;
-    FN(read_row)(row, t->term_row[n][0] + (t->key0 + begin) * term->col, term->col, last,
-                 term->dtype);
+    FN(read_row)(row, t->row.term[n][0] + (t->block.first_key + begin) * term->col_bytes,
+                 term->col_bytes, last, term->dtype);
     while (first < last && row[first] == -(REAL)INFINITY)
         first++;
     while (first < last && row[last - 1] == -(REAL)INFINITY)
@@ -42,10 +44,10 @@ static int FN(trim_to_shared)(mha_tile *t, int n)
 /* What a row of term n does to the keys that its vector sees. */
 static int FN(row_effect)(const mha_tile *t, int n, int lane)
 {
-    const mha_array *term = &t->problem->terms[n];
-    const int g = lane / VLEN, keys = t->end[g] - t->begin[g];
-    if (term->dtype == MHA_BOOL && term->col == 1) { /* whole words at a time */
-        const char *flag = t->term_row[n][lane] + t->key0 + t->begin[g];
+    const mha_array *term = &t->problem->scoring.terms[n];
+    const int g = lane / VLEN, keys = t->block.end[g] - t->block.begin[g];
+    if (term->dtype == MHA_BOOL && term->col_bytes == 1) { /* whole words at a time */
+        const char *flag = t->row.term[n][lane] + t->block.first_key + t->block.begin[g];
         const int same = memcmp(flag, flag + 1, (size_t)keys - 1) == 0;
         return !same ? TERM_MIXED : *flag ? TERM_ADDS_NOTHING : TERM_HIDES_ALL;
     }
@@ -63,9 +65,9 @@ static int FN(row_effect)(const mha_tile *t, int n, int lane)
 static int FN(term_effect)(const mha_tile *t, int n)
 {
     int effect = TERM_UNKNOWN;
-    for (int lane = 0; lane < t->rows && effect != TERM_MIXED; lane++) {
-        const int g = lane / VLEN, seen = t->begin[g] < t->end[g];
-        const int new_row = lane % VLEN == 0 || t->term_row[n][lane] != t->term_row[n][lane - 1];
+    for (int lane = 0; lane < t->place.rows && effect != TERM_MIXED; lane++) {
+        const int g = lane / VLEN, seen = t->block.begin[g] < t->block.end[g];
+        const int new_row = lane % VLEN == 0 || t->row.term[n][lane] != t->row.term[n][lane - 1];
         if (seen && new_row) {
             const int now = FN(row_effect)(t, n, lane);
             effect = effect == TERM_UNKNOWN || effect == now ? now : TERM_MIXED;
@@ -85,24 +87,24 @@ static int FN(any_nonzero)(vec x)
 }
 
 /* Set the tile to a block of keys, to be read as `k_reader` and `v_reader` can, and find the terms
- * that must be added. 0 where no key of the block is visible. */
+ * that must be added. 0 where no key of it is visible; then no vector reaches any of its keys. */
 static int FN(open_block)(mha_tile *t, idx block, int k_reader, int v_reader)
 {
     const mha_problem *p = t->problem;
-    t->num_mixed = 0;
+    t->block.num_mixed = 0;
     if (!mha_tile_block(t, block))
         return 0;
-    for (int n = 0; n < p->num_terms; n++)
+    for (int n = 0; n < p->scoring.num_terms; n++)
         if (FN(is_shared)(t, n) && !FN(trim_to_shared)(t, n))
             return 0;
-    for (int n = 0; n < p->num_terms; n++) {
+    for (int n = 0; n < p->scoring.num_terms; n++) {
         const int effect = FN(term_effect)(t, n);
         if (effect == TERM_HIDES_ALL)
-            return 0;
+            return mha_tile_trim(t, 0, 0);
         if (effect == TERM_MIXED)
-            t->mixed[t->num_mixed++] = n;
+            t->block.mixed[t->block.num_mixed++] = n;
     }
-    t->k_block = FN(block_rows)(t, &p->k, t->k, p->head_dim, t->k_copy, k_reader);
-    t->v_block = FN(block_rows)(t, &p->v, t->v, p->head_dim_v, t->v_copy, v_reader);
+    t->block.k = FN(block_rows)(t, &p->k, t->place.k, p->n.head_dim, t->block.k_copy, k_reader);
+    t->block.v = FN(block_rows)(t, &p->v, t->place.v, p->n.head_dim_v, t->block.v_copy, v_reader);
     return 1;
 }

@@ -1,5 +1,5 @@
-/* Scores that leave: as weights, exp2(s - m) / l, once attention knows m and l of the whole row, or
- * as the products of a linear layer, x W^T + bias. */
+/* Scores that go out, of every key of the block: weights, exp2(s - m) / l, once the sums of the
+ * whole row are known, or products, such as those of a linear layer, x W^T + bias. */
 
 /* Rule 5 of the canonical arithmetic. */
 static ALWAYS_INLINE vec FN(weights_of)(vec s, vec m, vec inverse)
@@ -29,71 +29,80 @@ static ALWAYS_INLINE void FN(write_chunk)(const REAL *s, const REAL *m, const RE
         }
 }
 
-/* Where the numbers of a row go: to their place, or to a strip on the way to another dtype. */
-static REAL *FN(target)(const mha_tile *t, int lane, int begin, int strip)
+static int FN(keys_of_block)(const mha_tile *t)
 {
-    const mha_array *a = &t->problem->scores;
-    char *row = t->scores_row[lane];
+    const idx left = t->problem->n.seqlen_k - t->block.first_key;
+    return left < MHA_KEY_BLOCK ? (int)left : MHA_KEY_BLOCK;
+}
+
+/* Where the block's scores of a row go: to their place, or to a strip on the way to another dtype.
+ * Zeros, where they are not the scores of vector g's reach. */
+static REAL *FN(target)(const mha_tile *t, int g, int lane, REAL *strip)
+{
+    const int keys = FN(keys_of_block)(t);
+    REAL *row = (REAL *)t->row.scores[lane];
     if (!row)
         return NULL;
-    return a->dtype == DTYPE ? (REAL *)row + t->key0 + begin : (REAL *)t->strip + strip;
+    row = t->job->scores.to.dtype == DTYPE ? row + t->block.first_key : strip;
+    if (t->block.end[g] - t->block.begin[g] < keys)
+        memset(row, 0, sizeof(REAL) * (size_t)keys);
+    return row;
 }
 
-static void FN(convert)(const mha_tile *t, int lane, int begin, int keys, const REAL *from)
+static void FN(convert)(const mha_tile *t, int lane, const REAL *from)
 {
-    const mha_array *a = &t->problem->scores;
-    if (a->dtype != DTYPE && t->scores_row[lane])
-        FN(write_row)(t->scores_row[lane] + (t->key0 + begin) * a->col, from, a->col, keys,
-                      a->dtype);
+    const mha_array *to = &t->job->scores.to;
+    if (to->dtype != DTYPE && t->row.scores[lane])
+        FN(write_row)(t->row.scores[lane] + t->block.first_key * to->col_bytes, from, to->col_bytes,
+                      FN(keys_of_block)(t), to->dtype);
 }
 
-static void FN(prefill_write_scores)(mha_tile *t)
+static void FN(queries_write_scores)(mha_tile *t)
 {
-    const mha_problem *p = t->problem;
-    const REAL *addend = p->addend ? (const REAL *)p->addend + t->key0 : NULL;
+    const mha_scores_out *out = &t->job->scores;
+    const REAL *addend = out->addend ? (const REAL *)out->addend + t->block.first_key : NULL;
     for (int g = 0; g < t->vectors; g++) {
-        const int begin = t->begin[g], keys = t->end[g] - begin, live = t->rows - g * VLEN;
-        const REAL *s = (const REAL *)t->s + begin * LANES + g * VLEN;
+        const int end = t->block.end[g], live = t->place.rows - g * VLEN;
+        const REAL *s = (const REAL *)t->block.s + g * VLEN;
         REAL m[VLEN] = {0}, inverse[VLEN] = {0}, *row[VLEN];
         for (int i = 0; i < VLEN; i++) {
             const int lane = g * VLEN + i;
-            row[i] = FN(target)(t, lane, begin, i * MHA_KEY_BLOCK);
-            if (p->sums.data && i < live) {
-                m[i] = ((const REAL *)t->sums_row[lane])[0];
-                inverse[i] = ((const REAL *)t->sums_row[lane])[1];
+            row[i] = FN(target)(t, g, lane, (REAL *)t->strip + i * MHA_KEY_BLOCK);
+            if (out->stage == MHA_WEIGHTS && i < live) {
+                m[i] = ((const REAL *)t->row.sums[lane])[0];
+                inverse[i] = ((const REAL *)t->row.sums[lane])[1];
             }
         }
-        for (int j = 0; j < keys; j += VLEN) {
-            const REAL *add = addend ? addend + begin + j : NULL;
-            const int n = keys - j < VLEN ? keys - j : VLEN;
-            if (p->sums.data)
+        for (int j = t->block.begin[g]; j < end; j += VLEN) {
+            const int n = end - j < VLEN ? end - j : VLEN;
+            if (out->stage == MHA_WEIGHTS)
                 FN(write_chunk)(s + j * LANES, m, inverse, NULL, row, j, n);
             else
-                FN(write_chunk)(s + j * LANES, NULL, NULL, add, row, j, n);
+                FN(write_chunk)(s + j * LANES, NULL, NULL, addend ? addend + j : NULL, row, j, n);
         }
         for (int i = 0; i < VLEN && i < live; i++)
-            FN(convert)(t, g * VLEN + i, begin, keys, row[i]);
+            FN(convert)(t, g * VLEN + i, row[i]);
     }
 }
 
-static void FN(decode_write_scores)(mha_tile *t)
+static void FN(keys_write_scores)(mha_tile *t)
 {
-    const mha_problem *p = t->problem;
-    const int begin = t->begin[0], keys = t->end[0] - begin;
-    const REAL *addend = p->addend ? (const REAL *)p->addend + t->key0 + begin : NULL;
-    for (int lane = 0; lane < t->rows; lane++) {
-        const REAL *s = (const REAL *)t->s + lane * SCORE_ROW + begin;
-        const REAL *sums = (const REAL *)t->sums_row[lane];
-        REAL *row = FN(target)(t, lane, begin, 0);
-        for (int j = 0; row && j < keys; j += VLEN) {
-            const int n = keys - j < VLEN ? keys - j : VLEN;
+    const mha_scores_out *out = &t->job->scores;
+    const REAL *addend = out->addend ? (const REAL *)out->addend + t->block.first_key : NULL;
+    const int end = t->block.end[0];
+    for (int lane = 0; lane < t->place.rows; lane++) {
+        const REAL *s = (const REAL *)t->block.s + lane * SCORE_ROW;
+        const REAL *sums = (const REAL *)t->row.sums[lane];
+        REAL *row = FN(target)(t, 0, lane, t->strip);
+        for (int j = t->block.begin[0]; row && j < end; j += VLEN) {
+            const int n = end - j < VLEN ? end - j : VLEN;
             vec x = v_load(s + j);
-            if (sums)
+            if (out->stage == MHA_WEIGHTS)
                 x = FN(weights_of)(x, v_set1(sums[0]), v_set1(sums[1]));
             else if (addend)
                 x = v_add(x, v_load_n(addend + j, n));
             v_store_n(row + j, x, n);
         }
-        FN(convert)(t, lane, begin, keys, row);
+        FN(convert)(t, lane, row);
     }
 }

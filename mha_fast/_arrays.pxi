@@ -39,6 +39,10 @@ cdef bint is_plain(object x) noexcept:
     return type(x) is cnp.ndarray
 
 
+cdef int ndim(cnp.ndarray array) noexcept:
+    return cnp.PyArray_NDIM(array)
+
+
 cdef bint fit(idx have, idx want, idx stride, idx *result) noexcept:
     """The stride of an axis of `have` entries broadcast to `want`."""
     result[0] = 0 if have == 1 else stride
@@ -47,89 +51,80 @@ cdef bint fit(idx have, idx want, idx stride, idx *result) noexcept:
 
 cdef idx axis(cnp.ndarray array, int from_end) noexcept:
     """Length of an axis counted from the end; 1 where the array has no such axis."""
-    cdef int i = cnp.PyArray_NDIM(array) - from_end
+    cdef int i = ndim(array) - from_end
     return cnp.PyArray_DIM(array, i) if i >= 0 else 1
 
 
 cdef idx stride(cnp.ndarray array, int from_end) noexcept:
-    cdef int i = cnp.PyArray_NDIM(array) - from_end
+    cdef int i = ndim(array) - from_end
     return cnp.PyArray_STRIDE(array, i) if i >= 0 else 0
 
 
-cdef bint describe(mha_problem *p, mha_array *a, cnp.ndarray array, idx heads, idx rows, idx cols,
-                   int core):
+cdef bint describe(const mha_sizes *n, mha_array *a, cnp.ndarray array, idx heads, idx rows,
+                   idx cols, int core):
     """Fill in an array whose last `core` axes broadcast to the first of (heads, rows, cols), and
-    the axes before them to the batch."""
+    the axes before them to the batch. `a.batch_bytes` has room for their strides."""
+    cdef idx *batch_bytes = <idx *>a.batch_bytes
     cdef int i
     a.data = cnp.PyArray_BYTES(array)
     a.dtype = dtype_of(array)
-    a.head = a.row = a.col = 0
-    if core == 3:
-        if not (fit(axis(array, 1), cols, stride(array, 1), &a.col)
-                and fit(axis(array, 2), rows, stride(array, 2), &a.row)
-                and fit(axis(array, 3), heads, stride(array, 3), &a.head)):
-            return False
-    elif core == 2:
-        if not (fit(axis(array, 1), rows, stride(array, 1), &a.row)
-                and fit(axis(array, 2), heads, stride(array, 2), &a.head)):
-            return False
-    if cnp.PyArray_NDIM(array) > core + p.batch_axes:
+    a.head_bytes = a.row_bytes = a.col_bytes = 0
+    if core == 3 and not fit(axis(array, 1), cols, stride(array, 1), &a.col_bytes):
         return False
-    for i in range(p.batch_axes):
-        if not fit(axis(array, core + p.batch_axes - i), p.batch_shape[i],
-                   stride(array, core + p.batch_axes - i), &a.batch[i]):
+    if core >= 2:
+        if not (fit(axis(array, core - 1), rows, stride(array, core - 1), &a.row_bytes)
+                and fit(axis(array, core), heads, stride(array, core), &a.head_bytes)):
+            return False
+    if ndim(array) > core + n.batch_axes:
+        return False
+    for i in range(n.batch_axes):
+        if not fit(axis(array, core + n.batch_axes - i), n.batch_shape[i],
+                   stride(array, core + n.batch_axes - i), &batch_bytes[i]):
             return False
     return True
 
 
-cdef bint set_sizes(mha_problem *p, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
-                    int *ndim) noexcept:
-    """Sizes and broadcast batch shape of q, k, v; False where they do not fit."""
-    cdef idx n, heads = axis(q, 3)
+cdef bint set_sizes(mha_sizes *n, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v) noexcept:
+    """Sizes of q, k and v but for the batch; False where they do not fit."""
+    cdef idx heads = axis(q, 3)
+    n.kv_heads = axis(k, 3)
+    n.seqlen_q, n.seqlen_k = axis(q, 2), axis(k, 2)
+    n.head_dim, n.head_dim_v = axis(q, 1), axis(v, 1)
+    if axis(k, 1) != n.head_dim or axis(v, 2) != n.seqlen_k or axis(v, 3) != n.kv_heads:
+        return False
+    n.group_size = heads // n.kv_heads if n.kv_heads else 1
+    return n.group_size * n.kv_heads == heads
+
+
+cdef bint set_batch(mha_sizes *n, idx *shape, cnp.ndarray array) noexcept:
+    """Broadcast the batch shape with that of an array."""
+    cdef idx length
     cdef int i
-    cdef cnp.ndarray array
-    ndim[0] = max(cnp.PyArray_NDIM(q), cnp.PyArray_NDIM(k), cnp.PyArray_NDIM(v))
-    if min(cnp.PyArray_NDIM(q), cnp.PyArray_NDIM(k), cnp.PyArray_NDIM(v)) < 2:
-        return False
-    p.batch_axes = max(ndim[0] - 3, 0)
-    p.kv_heads = axis(k, 3)
-    p.seqlen_q, p.seqlen_k = axis(q, 2), axis(k, 2)
-    p.head_dim, p.head_dim_v = axis(q, 1), axis(v, 1)
-    if axis(k, 1) != p.head_dim or axis(v, 2) != p.seqlen_k or axis(v, 3) != p.kv_heads:
-        return False
-    if heads % p.kv_heads if p.kv_heads else heads:
-        return False
-    p.group_size = heads // p.kv_heads if p.kv_heads else 1
-    p.batch = 1
-    for i in range(p.batch_axes):
-        p.batch_shape[i] = 1
-        for array in (q, k, v):
-            n = axis(array, ndim[0] - i)
-            if n != 1 and p.batch_shape[i] != 1 and n != p.batch_shape[i]:
-                return False
-            if n != 1:
-                p.batch_shape[i] = n
-        p.batch *= p.batch_shape[i]
+    for i in range(n.batch_axes):
+        length = axis(array, 3 + n.batch_axes - i)
+        if length != 1 and shape[i] != 1 and length != shape[i]:
+            return False
+        if length != 1:
+            shape[i] = length
     return True
 
 
-cdef object new_array(mha_problem *p, int ndim, idx heads, idx last, int dtype):
+cdef object new_array(const mha_sizes *n, int ndim, idx heads, idx last, int dtype):
     """An uninitialised (batch..., heads, seqlen_q[, last]) array; two-dimensional inputs have no
     heads axis. `last` < 0: none."""
     cdef cnp.npy_intp shape[MHA_MAX_AXES]
-    cdef int i, n = 0
-    for i in range(p.batch_axes):
-        shape[n] = p.batch_shape[i]
-        n += 1
+    cdef int i, axes = n.batch_axes
+    for i in range(axes):
+        shape[i] = n.batch_shape[i]
     if ndim > 2:
-        shape[n] = heads
-        n += 1
-    shape[n] = p.seqlen_q
-    n += 1
+        shape[axes] = heads
+        axes += 1
+    shape[axes] = n.seqlen_q
+    axes += 1
     if last >= 0:
-        shape[n] = last
-        n += 1
-    return cnp.PyArray_SimpleNew(n, shape, type_number[dtype])
+        shape[axes] = last
+        axes += 1
+    return cnp.PyArray_SimpleNew(axes, shape, type_number[dtype])
 
 
 # ---- Memory that is shared -----------------------------------------------------------------------
@@ -143,7 +138,7 @@ cpdef bint overlaps_itself(cnp.ndarray array):
     if cnp.PyArray_IS_C_CONTIGUOUS(array) or cnp.PyArray_SIZE(array) == 0:
         return False
     for step, length in sorted([(abs(cnp.PyArray_STRIDE(array, i)), cnp.PyArray_DIM(array, i))
-                                for i in range(cnp.PyArray_NDIM(array))]):
+                                for i in range(ndim(array))]):
         if length > 1 and step < reach:
             return True
         reach += step * (length - 1)
@@ -172,7 +167,7 @@ cdef void bounds(cnp.ndarray array, char **first, char **past) noexcept:
     cdef idx reach
     first[0] = cnp.PyArray_BYTES(array)
     past[0] = first[0] + cnp.PyArray_ITEMSIZE(array)
-    for i in range(cnp.PyArray_NDIM(array)):
+    for i in range(ndim(array)):
         reach = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
         if reach < 0:
             first[0] += reach

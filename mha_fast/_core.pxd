@@ -28,28 +28,14 @@ cdef extern from "mha.h" nogil:
     ctypedef struct mha_array:
         char *data
         int dtype
-        idx head
-        idx row
-        idx col
-        idx *batch
+        idx head_bytes
+        idx row_bytes
+        idx col_bytes
+        const idx *batch_bytes
 
-    ctypedef struct mha_problem:
-        mha_array q
-        mha_array k
-        mha_array v
-        mha_array out
-        mha_array lse
-        mha_array scores
-        mha_array sums
-        const int64_t *rows_of
-        const int64_t *heads_of
-        const void *addend
-        mha_array *terms
-        mha_array q_offset
-        mha_array kv_lengths
-        int num_terms
+    ctypedef struct mha_sizes:
         int batch_axes
-        idx *batch_shape
+        const idx *batch_shape
         idx batch
         idx kv_heads
         idx group_size
@@ -57,23 +43,67 @@ cdef extern from "mha.h" nogil:
         idx seqlen_k
         idx head_dim
         idx head_dim_v
-        idx window_left
-        idx window_right
+
+    ctypedef struct mha_spans:
+        mha_array q_offset
+        mha_array kv_lengths
+        idx left
+        idx right
+
+    ctypedef struct mha_scoring:
         double scale
+        mha_array *terms
+        int num_terms
+
+    ctypedef struct mha_problem:
+        mha_sizes n
+        mha_array q
+        mha_array k
+        mha_array v
+        mha_spans spans
+        mha_scoring scoring
+
+    ctypedef struct mha_results:
+        mha_array out
+        mha_array lse
+        mha_array sums
+
+    enum:
+        MHA_PRODUCTS
+        MHA_WEIGHTS
+
+    ctypedef struct mha_scores_out:
+        mha_array to
+        int stage
+        const int64_t *rows_of
+        const int64_t *heads_of
+        const void *addend
+
+    ctypedef struct mha_job:
+        const mha_problem *problem
+        mha_results results
+        mha_scores_out scores
+
+    ctypedef struct mha_place:
+        int rows
+
+    ctypedef struct mha_state:
+        void *total
+        int has_total
 
     ctypedef struct mha_tile:
         idx next_task
         idx first_block
         idx last_block
         int writes_scores
-        void *total
-        int has_total
+        mha_state state
 
     ctypedef struct mha_kernel:
         int lanes
         int vector
+        size_t (*tile_bytes)(const mha_problem *) noexcept nogil
         size_t (*state_bytes)(const mha_problem *) noexcept nogil
-        mha_tile *(*begin)(const mha_problem *, idx task) noexcept nogil
+        mha_tile *(*begin)(const mha_job *, idx task) noexcept nogil
         int (*scores_block)(mha_tile *, idx block) noexcept nogil
         void (*softmax_block)(mha_tile *) noexcept nogil
         void (*weighted_sum_block)(mha_tile *) noexcept nogil
@@ -82,12 +112,15 @@ cdef extern from "mha.h" nogil:
         void (*finish)(mha_tile *) noexcept nogil
         void (*write_scores)(mha_tile *) noexcept nogil
 
-    ctypedef struct mha_kernels:
-        const mha_kernel *prefill
-        const mha_kernel *decode
+    ctypedef struct mha_probe:
         void (*exp2)(const void *x, void *y, idx n) noexcept nogil
         double (*fma_chain)(idx rounds, double *flops) noexcept nogil
         double (*read_all)(const void *x, idx n) noexcept nogil
+
+    ctypedef struct mha_kernels:
+        const mha_kernel *queries_in_lanes
+        const mha_kernel *keys_in_lanes
+        const mha_probe *probe
 
     ctypedef struct mha_isa:
         const char *name
@@ -98,7 +131,7 @@ cdef extern from "mha.h" nogil:
     const mha_isa *mha_isa_at(int i)
     int mha_isa_usable(int i)
     idx mha_tile_count(const mha_problem *problem, int lanes)
-    int mha_tile_rows(const mha_problem *problem, idx task, int lanes)
+    mha_place mha_place_of(const mha_problem *problem, idx task, int lanes)
 
 
 cdef extern from "openmp.h" nogil:

@@ -29,7 +29,11 @@ class Question:
         threads: Any = None,
         heads_of: NDArray[np.int64] | None = None,
         rows_of: NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None] | NotImplementedType: ...
+    ) -> (
+        NDArray[Any]
+        | tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]
+        | NotImplementedType
+    ): ...
 
 def ask(
     q: Any,

@@ -38,7 +38,7 @@ cdef bint attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     cdef idx last = min(first + call.plan.chunk, call.wave_begin + call.plan.wave)
     cdef bint split = call.plan.chunks > 1
     cdef const mha_kernel *kernel = kernel_of(call, tile_index)
-    cdef mha_tile *tile = kernel.begin(call.problem, tile_index)    # Q * scale, packed
+    cdef mha_tile *tile = kernel.begin(call.job, tile_index)    # Q * scale, packed
     if tile == NULL:
         return False
     if not split:
@@ -54,7 +54,7 @@ cdef bint attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     if not split or merge_wave(call, kernel, tile, tile_index):
         merge_total(kernel, tile)
         kernel.finish(tile)                                # O / sum, log-sum-exp
-        revisit(kernel, tile, tile.first_block, tile.last_block)    # exp(S - max) / sum
+        revisit(kernel, tile, 0, call.plan.blocks)         # exp(S - max) / sum
     return True
 
 
@@ -62,7 +62,7 @@ cdef bint project(call_state *call, idx tile_index, idx chunk) noexcept nogil:
     """One tile of rows times some blocks of outputs of a linear layer: scores that go out."""
     cdef idx first = chunk * call.plan.chunk
     cdef const mha_kernel *kernel = kernel_of(call, tile_index)
-    cdef mha_tile *tile = kernel.begin(call.problem, tile_index)
+    cdef mha_tile *tile = kernel.begin(call.job, tile_index)
     if tile == NULL:
         return False
     revisit(kernel, tile, first, min(first + call.plan.chunk, tile.last_block))
@@ -73,14 +73,15 @@ cdef void revisit(const mha_kernel *kernel, mha_tile *tile, idx first, idx last)
     """Scores of these blocks once more, now that the sums are known, or for the only time."""
     cdef idx block
     for block in range(first, last if tile.writes_scores else first):
-        if kernel.scores_block(tile, block):
-            kernel.write_scores(tile)
+        kernel.scores_block(tile, block)
+        kernel.write_scores(tile)
 
 
 cdef const mha_kernel *kernel_of(call_state *call, idx tile_index) noexcept nogil:
     """Two kernels with the same bits; one is faster for few rows."""
-    cdef int rows = mha_tile_rows(call.problem, tile_index, call.kernels.prefill.lanes)
-    return call.kernels.decode if rows <= call.kernels.decode.lanes else call.kernels.prefill
+    cdef const mha_kernel *many = call.kernels.queries_in_lanes
+    cdef const mha_kernel *few = call.kernels.keys_in_lanes
+    return few if mha_place_of(call.job.problem, tile_index, many.lanes).rows <= few.lanes else many
 
 
 # ---- Runs of blocks, and waves of runs whose blocks are shared out ------------------------------
@@ -94,13 +95,13 @@ cdef void end_block(const mha_kernel *kernel, mha_tile *tile, idx block) noexcep
 
 
 cdef void merge_total(const mha_kernel *kernel, mha_tile *tile) noexcept nogil:
-    if tile.has_total:
-        kernel.merge(tile, tile.total)
+    if tile.state.has_total:
+        kernel.merge(tile, tile.state.total)
 
 
 cdef void keep_total(const mha_kernel *kernel, mha_tile *tile) noexcept nogil:
-    kernel.save(tile, tile.total)
-    tile.has_total = True
+    kernel.save(tile, tile.state.total)
+    tile.state.has_total = True
 
 
 cdef bint merge_wave(call_state *call, const mha_kernel *kernel, mha_tile *tile,

@@ -23,36 +23,71 @@ cdef class Question:
     cdef int ndim, dtype
     cdef idx heads
     cdef int64_t offset, length         # where these are one number for all
+    cdef idx *batch                     # the batch shape, and each array's strides along it
+
+    def __dealloc__(self):
+        free(self.batch)
 
     cdef bint set_arrays(self):
         cdef mha_problem *p = &self.p
+        cdef mha_sizes *n = &p.n
         if not (is_plain(self.q) and is_plain(self.k) and is_plain(self.v)):
             return False
-        if not set_sizes(p, self.q, self.k, self.v, &self.ndim):
+        self.ndim = max(ndim(self.q), ndim(self.k), ndim(self.v))
+        if min(ndim(self.q), ndim(self.k), ndim(self.v)) < 2:
             return False
-        self.heads = p.kv_heads * p.group_size
+        if not (set_sizes(n, self.q, self.k, self.v) and self.set_batch()):
+            return False
+        self.heads = n.kv_heads * n.group_size
         self.dtype = promote(promote(dtype_of(self.q), dtype_of(self.k)), dtype_of(self.v))
-        return (describe(p, &p.q, self.q, self.heads, p.seqlen_q, p.head_dim, 3)
-                and describe(p, &p.k, self.k, p.kv_heads, p.seqlen_k, p.head_dim, 3)
-                and describe(p, &p.v, self.v, p.kv_heads, p.seqlen_k, p.head_dim_v, 3)
+        return (describe(n, &p.q, self.q, self.heads, n.seqlen_q, n.head_dim, 3)
+                and describe(n, &p.k, self.k, n.kv_heads, n.seqlen_k, n.head_dim, 3)
+                and describe(n, &p.v, self.v, n.kv_heads, n.seqlen_k, n.head_dim_v, 3)
                 and is_real(p.q.dtype) and is_real(p.k.dtype) and is_real(p.v.dtype))
+
+    cdef bint set_batch(self):
+        """The batch shape, and for each array room for its strides."""
+        cdef mha_problem *p = &self.p
+        cdef mha_array **arrays = [&p.q, &p.k, &p.v, &p.spans.q_offset, &p.spans.kv_lengths,
+                                   &p.scoring.terms[0], &p.scoring.terms[1]]
+        cdef int i, axes = max(self.ndim - 3, 0)
+        p.n.batch_axes = axes
+        p.n.batch = 1
+        if axes == 0:
+            return True
+        self.batch = <idx *>malloc((1 + 7) * axes * sizeof(idx))
+        if self.batch == NULL:
+            raise MemoryError("no memory for the strides of arrays")
+        p.n.batch_shape = self.batch
+        for i in range(7):
+            arrays[i].batch_bytes = self.batch + (1 + i) * axes
+        for i in range(axes):
+            self.batch[i] = 1
+        if not (set_batch(&p.n, self.batch, self.q) and set_batch(&p.n, self.batch, self.k)
+                and set_batch(&p.n, self.batch, self.v)):
+            return False
+        for i in range(axes):
+            p.n.batch *= self.batch[i]
+        return True
 
     cdef bint set_spans(self):
         """Who sees whom."""
-        cdef mha_problem *p = &self.p
+        cdef mha_spans *spans = &self.p.spans
         cdef int causal = flag(self.causal)
-        p.window_left = p.window_right = MHA_OPEN
+        spans.left = spans.right = MHA_OPEN
         if self.window is not None:
             if type(self.window) is not tuple or len(<tuple>self.window) != 2:
                 return False
-            if not (side((<tuple>self.window)[0], &p.window_left)
-                    and side((<tuple>self.window)[1], &p.window_right)):
+            if not (side((<tuple>self.window)[0], &spans.left)
+                    and side((<tuple>self.window)[1], &spans.right)):
                 return False
         if causal == 1:
-            p.window_right = min(p.window_right, 0)
+            spans.right = min(spans.right, 0)
         return (causal >= 0
-                and self.set_integers(&p.q_offset, self.q_offset, &self.offset, -farthest, farthest)
-                and self.set_integers(&p.kv_lengths, self.kv_lengths, &self.length, 0, p.seqlen_k))
+                and self.set_integers(&spans.q_offset, self.q_offset, &self.offset, -farthest,
+                                      farthest)
+                and self.set_integers(&spans.kv_lengths, self.kv_lengths, &self.length, 0,
+                                      self.p.n.seqlen_k))
 
     cdef bint set_integers(self, mha_array *a, object x, int64_t *one, int64_t low, int64_t high):
         """One int or an int64 array of the batch axes, checked in a copy of ours."""
@@ -62,100 +97,116 @@ cdef class Question:
             return True
         if integer(x, one):
             a.data = <char *>one
+            for i in range(self.p.n.batch_axes):
+                (<idx *>a.batch_bytes)[i] = 0
             return low <= one[0] <= high
-        if not is_plain(x) or cnp.PyArray_TYPE(x) != cnp.NPY_INT64:
+        if not (is_plain(x) and cnp.PyArray_TYPE(x) == cnp.NPY_INT64
+                and cnp.PyArray_ISNOTSWAPPED(x)):
             return False
         x = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
         values = <const int64_t *>cnp.PyArray_DATA(x)
         for i in range(cnp.PyArray_SIZE(x)):
             if not low <= values[i] <= high:
                 return False
-        if a == &self.p.q_offset:
+        if a == &self.p.spans.q_offset:
             self.q_offset = x
         else:
             self.kv_lengths = x
-        return describe(&self.p, a, x, 1, 1, 1, 0)
+        return describe(&self.p.n, a, x, 1, 1, 1, 0)
 
     cdef bint set_scoring(self):
         """How a product becomes a score."""
-        cdef mha_problem *p = &self.p
-        p.scale = 1 / sqrt(p.head_dim) if p.head_dim else 1
-        if self.scale is not None and not number(self.scale, &p.scale):
+        cdef idx head_dim = self.p.n.head_dim
+        cdef mha_scoring *scoring = &self.p.scoring
+        scoring.scale = 1 / sqrt(head_dim) if head_dim else 1
+        if self.scale is not None and not number(self.scale, &scoring.scale):
             return False
-        p.scale *= LOG2_E
+        scoring.scale *= LOG2_E
         return self.add_term(self.mask, MHA_BOOL) and self.add_term(self.bias, MHA_BOOL + 1)
 
     cdef bint add_term(self, object term, int first_dtype):
-        cdef mha_problem *p = &self.p
-        cdef mha_array *a = &p.terms[p.num_terms]
+        cdef const mha_sizes *n = &self.p.n
+        cdef mha_array *a = &self.p.scoring.terms[self.p.scoring.num_terms]
         if term is None:
             return True
-        if not is_plain(term) or not describe(p, a, term, self.heads, p.seqlen_q, p.seqlen_k, 3):
+        if not is_plain(term) or not describe(n, a, term, self.heads, n.seqlen_q, n.seqlen_k, 3):
             return False
-        p.num_terms += 1
+        self.p.scoring.num_terms += 1
         return a.dtype >= first_dtype
 
     def attend(self, out=None, return_lse=False, return_weights=False, threads=None,
                heads_of=None, rows_of=None):
-        """(out, lse, weights), None what is not asked for, or NotImplemented.
+        """`out`, or (out, lse, weights), None what is not asked for, or NotImplemented.
 
         heads_of and rows_of are int64 arrays: the place of each head and row in the weights, -1:
         none. They have been checked by attention.py, as nothing here does.
         """
-        cdef mha_problem *p = &self.p
-        cdef int64_t limit = default_threads()
+        cdef const mha_sizes *n = &self.p.n
+        cdef mha_job job
+        cdef idx batch_bytes[4][MHA_MAX_AXES]
+        cdef int64_t limit = 0
         cdef int wants_lse = flag(return_lse), wants_weights = flag(return_weights)
+        cdef int real = compute_dtype(self.dtype)
         if not self.plain or wants_lse < 0 or wants_weights < 0:
             return NotImplemented
         if threads is not None and not (integer(threads, &limit) and 0 < limit < 1 << 30):
             return NotImplemented
         if out is None:
-            out = new_array(p, self.ndim, self.heads, p.head_dim_v, self.dtype)
+            out = new_array(n, self.ndim, self.heads, n.head_dim_v, self.dtype)
         elif not self.can_write(out):
             return NotImplemented
-        describe(p, &p.out, out, self.heads, p.seqlen_q, p.head_dim_v, 3)
+        memset(&job, 0, sizeof(job))
+        job.problem = &self.p
+        job.results.out.batch_bytes = batch_bytes[0]
+        job.results.lse.batch_bytes = batch_bytes[1]
+        job.results.sums.batch_bytes = batch_bytes[2]
+        job.scores.to.batch_bytes = batch_bytes[3]
+        describe(n, &job.results.out, out, self.heads, n.seqlen_q, n.head_dim_v, 3)
         lse = weights = None
         if wants_lse:
-            lse = new_array(p, self.ndim, self.heads, -1, compute_dtype(self.dtype))
-            describe(p, &p.lse, lse, self.heads, p.seqlen_q, 1, 2)
+            lse = new_array(n, self.ndim, self.heads, -1, real)
+            describe(n, &job.results.lse, lse, self.heads, n.seqlen_q, 1, 2)
         if wants_weights:
-            sums = new_array(p, max(self.ndim, 3), self.heads, 2, compute_dtype(self.dtype))
-            describe(p, &p.sums, sums, self.heads, p.seqlen_q, 2, 3)
-            weights = self.new_weights(heads_of, rows_of)
-        if p.batch and self.heads and p.seqlen_q:
-            carry_out(p, kernels_of(self.dtype), attend, <int>limit)
-        return out, lse, weights
+            sums = new_array(n, max(self.ndim, 3), self.heads, 2, real)
+            describe(n, &job.results.sums, sums, self.heads, n.seqlen_q, 2, 3)
+            weights = self.new_weights(&job.scores, heads_of, rows_of)
+        if n.batch and self.heads and n.seqlen_q:
+            carry_out(&job, kernels_of(self.dtype), attend, <int>limit)
+        return (out, lse, weights) if wants_lse or wants_weights else out
 
     cdef bint can_write(self, object out):
         """Is it an array of the result's dtype and shape, of memory of its own?"""
-        cdef mha_problem *p = &self.p
-        cdef int i, ndim = p.batch_axes + min(self.ndim, 3)
+        cdef const mha_sizes *n = &self.p.n
+        cdef int i
         if not is_plain(out) or dtype_of(out) != self.dtype or not cnp.PyArray_ISWRITEABLE(out):
             return False
-        if cnp.PyArray_NDIM(out) != ndim or axis(out, 1) != p.head_dim_v:
+        if ndim(out) != n.batch_axes + min(self.ndim, 3):
             return False
-        if axis(out, 2) != p.seqlen_q or axis(out, 3) != self.heads:
+        if (axis(out, 1) != n.head_dim_v or axis(out, 2) != n.seqlen_q
+                or self.ndim > 2 and axis(out, 3) != self.heads):
             return False
-        for i in range(p.batch_axes):
-            if cnp.PyArray_DIM(out, i) != p.batch_shape[i]:
+        for i in range(n.batch_axes):
+            if cnp.PyArray_DIM(out, i) != n.batch_shape[i]:
                 return False
         return not (overlaps_itself(out) or overlap(out, self.q) or overlap(out, self.k)
                     or overlap(out, self.v) or overlap(out, self.mask) or overlap(out, self.bias))
 
-    cdef object new_weights(self, cnp.ndarray heads_of, cnp.ndarray rows_of):
+    cdef object new_weights(self, mha_scores_out *scores, cnp.ndarray heads_of,
+                            cnp.ndarray rows_of):
         """An array for the weights of the heads and rows that have a place."""
-        cdef mha_problem *p = &self.p
-        cdef idx heads = self.heads, rows = p.seqlen_q
+        cdef const mha_sizes *n = &self.p.n
+        cdef idx heads = self.heads, rows = n.seqlen_q
         if heads_of is not None:
-            p.heads_of = <const int64_t *>cnp.PyArray_DATA(heads_of)
+            scores.heads_of = <const int64_t *>cnp.PyArray_DATA(heads_of)
             heads = np.count_nonzero(heads_of >= 0)
         if rows_of is not None:
-            p.rows_of = <const int64_t *>cnp.PyArray_DATA(rows_of)
+            scores.rows_of = <const int64_t *>cnp.PyArray_DATA(rows_of)
             rows = np.count_nonzero(rows_of >= 0)
-        shape = [p.batch_shape[i] for i in range(p.batch_axes)]
-        shape += ([heads] if self.ndim > 2 else []) + [rows, p.seqlen_k]
-        weights = np.zeros(shape, np.float64 if self.dtype == MHA_F64 else np.float32)
-        describe(p, &p.scores, weights, heads, rows, p.seqlen_k, 3)
+        shape = [n.batch_shape[i] for i in range(n.batch_axes)]
+        shape += ([heads] if self.ndim > 2 else []) + [rows, n.seqlen_k]
+        weights = np.empty(shape, np.float64 if self.dtype == MHA_F64 else np.float32)
+        scores.stage = MHA_WEIGHTS
+        describe(n, &scores.to, weights, heads, rows, n.seqlen_k, 3)
         return weights
 
 
@@ -224,22 +275,27 @@ def linear(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, object threads):
     """x (rows, width) @ weight (outputs, width).T + bias, of plain float arrays that fit; bias is
     dense, in the compute dtype, or None. The products are scores of queries x and keys weight."""
     cdef mha_problem p
+    cdef mha_sizes *n = &p.n
+    cdef mha_job job
     cdef int dtype
     memset(&p, 0, sizeof(p))
-    p.batch = p.kv_heads = p.group_size = 1
-    p.seqlen_q, p.seqlen_k, p.head_dim = x.shape[0], weight.shape[0], x.shape[1]
-    p.window_left = p.window_right = MHA_OPEN
-    p.scale = 1
-    describe(&p, &p.q, x, 1, p.seqlen_q, p.head_dim, 3)
-    describe(&p, &p.k, weight, 1, p.seqlen_k, p.head_dim, 3)
-    p.v = p.k
+    memset(&job, 0, sizeof(job))
+    n.batch = n.kv_heads = n.group_size = 1
+    n.seqlen_q, n.seqlen_k, n.head_dim = x.shape[0], weight.shape[0], x.shape[1]
+    p.spans.left = p.spans.right = MHA_OPEN
+    p.scoring.scale = 1
+    describe(n, &p.q, x, 1, n.seqlen_q, n.head_dim, 3)
+    describe(n, &p.k, weight, 1, n.seqlen_k, n.head_dim, 3)
+    p.v = p.k       # head_dim_v is 0: never read, but valid where a tile points at its rows
     dtype = promote(p.q.dtype, p.k.dtype)
-    out = new_array(&p, 2, 1, p.seqlen_k, dtype)
-    describe(&p, &p.scores, out, 1, p.seqlen_q, p.seqlen_k, 3)
+    out = new_array(n, 2, 1, n.seqlen_k, dtype)
+    job.problem = &p
+    job.scores.stage = MHA_PRODUCTS
+    describe(n, &job.scores.to, out, 1, n.seqlen_q, n.seqlen_k, 3)
     if bias is not None:
-        p.addend = cnp.PyArray_DATA(bias)
+        job.scores.addend = cnp.PyArray_DATA(bias)
     if out.size:
-        carry_out(&p, kernels_of(dtype), project, default_threads() if threads is None else threads)
+        carry_out(&job, kernels_of(dtype), project, threads or 0)
     return out
 
 

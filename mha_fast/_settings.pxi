@@ -86,9 +86,9 @@ def geometry():
 
 cdef dict tile_sizes(const mha_kernels *kernels):
     return {
-        "tile": kernels.prefill.lanes,
-        "vector": kernels.prefill.vector,
-        "few": kernels.decode.lanes,
+        "tile": kernels.queries_in_lanes.lanes,
+        "vector": kernels.queries_in_lanes.vector,
+        "few": kernels.keys_in_lanes.lanes,
     }
 
 
@@ -101,7 +101,7 @@ def exp2(cnp.ndarray x):
     cdef cnp.ndarray y = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
     cdef const mha_kernels *kernels = isa.f64 if dtype_of(x) == MHA_F64 else isa.f32
     assert dtype_of(x) == compute_dtype(dtype_of(x))
-    kernels.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
+    kernels.probe.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
     return y
 
 
@@ -109,7 +109,7 @@ def fma_chain(idx rounds):
     """Floating-point operations done by `rounds` of independent float32 FMA, for the peak."""
     cdef double flops = 0
     with nogil:
-        isa.f32.fma_chain(rounds, &flops)
+        isa.f32.probe.fma_chain(rounds, &flops)
     return flops
 
 
@@ -117,7 +117,7 @@ def read_all(cnp.ndarray x):
     """Read a contiguous float32 array once, for the bandwidth."""
     cdef idx n = x.size
     with nogil:
-        isa.f32.read_all(cnp.PyArray_DATA(x), n)
+        isa.f32.probe.read_all(cnp.PyArray_DATA(x), n)
 
 
 use_isa(os.environ.get("MHA_FAST_ISA"))

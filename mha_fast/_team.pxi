@@ -35,8 +35,9 @@ cdef struct Plan:
 
 
 cdef double work_of(const mha_problem *p) noexcept nogil:
-    cdef double keys = <double>p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v)
-    return keys * (2.0 * p.group_size * p.seqlen_q + 4 * WORK_PER_BYTE)
+    cdef const mha_sizes *n = &p.n
+    cdef double keys = <double>n.batch * n.kv_heads * n.seqlen_k * (n.head_dim + n.head_dim_v)
+    return keys * (2.0 * n.group_size * n.seqlen_q + 4 * WORK_PER_BYTE)
 
 
 cdef int threads_for(double work, bint hot, int limit) noexcept nogil:
@@ -53,12 +54,13 @@ cdef Plan plan_of(const mha_problem *p, const mha_kernels *kernels, int threads,
     cdef Plan plan
     cdef idx wanted = TASKS_PER_THREAD * threads, affordable
     memset(&plan, 0, sizeof(plan))
-    plan.tiles = mha_tile_count(p, kernels.prefill.lanes)
-    plan.blocks = (p.seqlen_k + MHA_KEY_BLOCK - 1) // MHA_KEY_BLOCK
+    plan.tiles = mha_tile_count(p, kernels.queries_in_lanes.lanes)
+    plan.blocks = (p.n.seqlen_k + MHA_KEY_BLOCK - 1) // MHA_KEY_BLOCK
     plan.wave = plan.chunk = plan.blocks
     plan.chunks = 1
     if threads > 1 and plan.tiles < wanted and plan.tiles % threads and plan.blocks > 1:
-        plan.record_bytes = max(kernels.prefill.state_bytes(p), kernels.decode.state_bytes(p))
+        plan.record_bytes = max(kernels.queries_in_lanes.state_bytes(p),
+                                kernels.keys_in_lanes.state_bytes(p))
         if merges:
             affordable = threads * RECORD_BYTES_PER_THREAD // (plan.tiles * plan.record_bytes)
             plan.wave = max(wanted // plan.tiles, affordable)
@@ -79,7 +81,7 @@ cdef Plan plan_of(const mha_problem *p, const mha_kernels *kernels, int threads,
 ctypedef bint (*task_function)(call_state *, idx tile_index, idx chunk) noexcept nogil
 
 cdef struct call_state:
-    const mha_problem *problem
+    const mha_job *job
     const mha_kernels *kernels
     task_function task
     Plan plan
@@ -96,21 +98,24 @@ cdef double call_end = 0            # when the last call that was worth two thre
 cdef int64_t threads_claimed = 0    # by the large calls that run now
 
 
-cdef int carry_out(const mha_problem *p, const mha_kernels *kernels, task_function task,
+cdef int carry_out(const mha_job *job, const mha_kernels *kernels, task_function task,
                    int limit) except -1:
-    """All tasks, on at most `limit` threads."""
+    """All tasks, on at most `limit` threads; 0: what the process has set."""
     global call_end
     cdef call_state call
+    cdef const mha_problem *p = job.problem
     cdef double work = work_of(p)
-    cdef bint hot = omp_get_wtime() - call_end < HOT, large = work >= 2 * WORK_PER_HOT_THREAD
+    cdef bint large = work >= 2 * WORK_PER_HOT_THREAD, hot = False
     cdef int threads = 1
-    if max(p.head_dim, p.head_dim_v) > MHA_MAX_DIM:
+    if max(p.n.head_dim, p.n.head_dim_v) > MHA_MAX_DIM:
         raise MemoryError("no memory for a tile of rows that long")
     if large:
+        hot = omp_get_wtime() - call_end < HOT
+        limit = limit or default_threads()
         threads = 1 if forked or omp_in_parallel() else threads_for(work, hot, limit)
         threads = claim(threads)
     memset(&call, 0, sizeof(call))
-    call.problem, call.kernels, call.task = p, kernels, task
+    call.job, call.kernels, call.task = job, kernels, task
     call.plan = plan_of(p, kernels, threads, task == attend)
     try:
         reserve_records(&call)

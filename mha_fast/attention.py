@@ -122,11 +122,10 @@ def attention(
     if results is NotImplemented:
         plain = checked_answers(question, out, return_lse, return_weights, threads)
         results = question.attend(*plain, *places(question, plain[2], weights_heads, weights_rows))
-    if out is None:
-        out = results[0]
-    if not (return_lse or return_weights):
-        return out
-    return named_result(out, lse=results[1], weights=results[2])
+    if type(results) is not tuple:
+        return results if out is None else out
+    result, lse, weights = results
+    return named_result(result if out is None else out, lse, weights)
 
 
 def checked_answers(question, out, return_lse, return_weights, threads):

@@ -75,9 +75,7 @@ def attention(
     if out is None:
         out = np.empty(result.shape, dtype)
     out[...] = result
-    return named_result(
-        out, lse=lse if return_lse else None, weights=weights if return_weights else None
-    )
+    return named_result(out, lse if return_lse else None, weights if return_weights else None)
 
 
 def linear(x, weight, bias=None, *, threads=None):

@@ -1,5 +1,7 @@
 """Values at ugly sizes, head mapping, ranks, and the reference itself."""
 
+import pickle
+
 import judge
 import numpy as np
 import pytest
@@ -179,3 +181,13 @@ def test_canary_a_wrong_option_is_caught(change):
 def test_canary_a_bound_that_is_not_finite_is_caught():
     with pytest.raises(AssertionError, match="not finite"):
         judge.assert_within(np.zeros(2), np.array([1, np.inf]), "out")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"return_lse"}, {"return_weights"}, {"return_lse", "return_weights"}]
+)
+def test_results_with_names_pickle_and_keep_their_type(asked):
+    result = attention(*qkv(3, 5), **dict.fromkeys(asked, True))
+    again = pickle.loads(pickle.dumps(result))
+    assert type(again) is type(result) and again._fields == result._fields
+    assert_same(again, result)

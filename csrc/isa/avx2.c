@@ -12,7 +12,7 @@
 
 #define NV 3
 #define ROWS(nv) ((nv) == 3 ? 4 : (nv) == 2 ? 6 : 8)
-#define DECODE_NV(rows) ((rows) == 4 ? 3 : 8 / (rows))
+#define VALUE_NV(rows) ((rows) == 4 ? 3 : 8 / (rows))
 
 /* Lane i is all ones where i < n: the masks of the partial loads and stores. */
 static ALWAYS_INLINE __m256i first32(int n)

@@ -13,7 +13,7 @@
 
 #define NV 4
 #define ROWS(nv) ((nv) == 4 ? 6 : 8)
-#define DECODE_NV(rows) 4
+#define VALUE_NV(rows) 4
 
 #define REAL float
 #define SUFFIX f32

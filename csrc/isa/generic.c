@@ -8,7 +8,7 @@
 
 #define NV 2
 #define ROWS(nv) 4
-#define DECODE_NV(rows) 2
+#define VALUE_NV(rows) 2
 
 #define REAL float
 #define SUFFIX f32

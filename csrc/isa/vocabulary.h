@@ -14,7 +14,7 @@
  *   v_transpose(v)          of VLEN vectors, in place
  *
  * NV is the number of vectors in a tile; ROWS(nv) the rows of the register tile beside nv vectors:
- * accumulators + nv + 1 must fit the register file. DECODE_NV(rows) is the same for tiles of 1, 2
+ * accumulators + nv + 1 must fit the register file. VALUE_NV(rows) is the same for tiles of 1, 2
  * or 4 query rows: the vectors of head dims beside them.
  *
  * Every word below is pasted with SUFFIX, so one text serves both dtypes in one object file. */

@@ -189,7 +189,7 @@ class MultiHeadAttention:
         if not need_weights:
             return out
         weights = attended.weights
-        return named_result(out, weights=weights.mean(axis=-3) if average_weights else weights)
+        return named_result(out, None, weights.mean(axis=-3) if average_weights else weights)
 
     def __repr__(self):
         defaults = {

@@ -22,16 +22,16 @@ static ALWAYS_INLINE void FN(score_segment)(mha_tile *t, const mha_segment *seg,
 {
     const idx lane = seg->first * VLEN;
     const FN(product) p = {
-        .a = t->k_block.data,
-        .a_row = t->k_block.row,
-        .a_depth = t->k_block.col,
+        .a = t->block.k.data,
+        .a_row = t->block.k.row,
+        .a_depth = t->block.k.col,
         .b = (const REAL *)t->q_panel + lane,
         .b_depth = LANES,
-        .depth = t->problem->head_dim,
-        .c = (REAL *)t->s + lane,
+        .depth = t->problem->n.head_dim,
+        .c = (REAL *)t->block.s + lane,
         .c_row = LANES,
     };
-    REAL *m = (REAL *)t->m_block + lane;
+    REAL *m = (REAL *)t->block.m + lane;
     vec best[NV];
     EACH (v, nv)
         best[v] = v_load(m + v * VLEN);
@@ -75,8 +75,8 @@ static ALWAYS_INLINE void FN(score_chunk)(const FN(rule) * rule, REAL *s, int be
 static ALWAYS_INLINE void FN(score_vector)(mha_tile *t, int g, FN(found) * found, int num_terms)
 {
     const FN(rule) rule = FN(rule_of)(t, g * VLEN, VLEN);
-    const int begin = t->begin[g], keys = t->end[g] - begin;
-    REAL *s = (REAL *)t->s + g * VLEN;
+    const int begin = t->block.begin[g], keys = t->block.end[g] - begin;
+    REAL *s = (REAL *)t->block.s + g * VLEN;
     int j = 0;
     for (; j + VLEN <= keys; j += VLEN)
         FN(score_chunk)(&rule, s, begin, j, VLEN, num_terms, found);
@@ -87,72 +87,72 @@ static ALWAYS_INLINE void FN(score_vector)(mha_tile *t, int g, FN(found) * found
 /* Scores from products, and their maximum anew: that of the products may come from a key that the
  * row does not see. Finds out whether any key of the block is hidden, which a float bias rarely
  * does. A function with registers of its own, apart from the product's. */
-static NOINLINE void FN(prefill_score)(mha_tile *t)
+static NOINLINE void FN(queries_score)(mha_tile *t)
 {
     int hidden = 0;
     for (int g = 0; g < t->vectors; g++) {
         FN(found) found = {v_set1(-LARGEST), v_set1(0)};
-        BY_TERMS(t->num_mixed, FN(score_vector), t, g, &found);
-        v_store((REAL *)t->m_block + g * VLEN, found.best);
+        BY_TERMS(t->block.num_mixed, FN(score_vector), t, g, &found);
+        v_store((REAL *)t->block.m + g * VLEN, found.best);
         hidden |= FN(any_nonzero)(found.hidden);
     }
-    t->hidden |= hidden;
+    t->block.hides |= hidden;
 }
 
 /* Set out to fetch the next block, or in the last one the next task, evenly while this block is
  * computed. */
 static void FN(look_ahead)(mha_tile *t, int last)
 {
-    const int keys = t->segment[t->num_segments - 1].end - t->segment[0].begin;
-    const idx steps = (keys + t->problem->head_dim_v) / ROWS(t->vectors) + 1;
+    const int keys = t->block.segment[t->block.num_segments - 1].end - t->block.segment[0].begin;
+    const idx steps = (keys + t->problem->n.head_dim_v) / ROWS(t->vectors) + 1;
     idx rows = 0;
     if (last)
         mha_tile_look_ahead(t, LANES);
     else
         mha_tile_look_to_next_block(t);
-    for (int n = 0; n < t->num_ahead; n++)
-        rows += t->ahead[n].rows;
-    t->ahead_pace = (int)(rows / steps) + 1;
+    for (int n = 0; n < t->ahead.num; n++)
+        rows += t->ahead.stream[n].rows;
+    t->ahead.pace = (int)(rows / steps) + 1;
 }
 
-static int FN(prefill_scores)(mha_tile *t, idx block)
+static int FN(queries_scores)(mha_tile *t, idx block)
 {
-    if (!FN(open_block)(t, block, FN(BY_NUMBER), FN(BY_VECTOR)))
+    if (!FN(open_block)(t, block, FN(TAKES_NUMBERS), 0))
         return 0;
     FN(look_ahead)(t, block + 1 == t->last_block);
     for (int v = 0; v < t->vectors; v++)
-        v_store((REAL *)t->m_block + v * VLEN, v_set1(-LARGEST));
-    for (int n = 0; n < t->num_segments; n++) {
-        const mha_segment *seg = &t->segment[n];
+        v_store((REAL *)t->block.m + v * VLEN, v_set1(-LARGEST));
+    for (int n = 0; n < t->block.num_segments; n++) {
+        const mha_segment *seg = &t->block.segment[n];
         BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
     }
-    if (t->num_mixed || t->hidden)
-        FN(prefill_score)(t);
+    if (t->block.num_mixed || t->block.hides)
+        FN(queries_score)(t);
     return 1;
 }
 
 /* S -> P in place, and the block's row sums. A hidden key becomes -0: it adds nothing to any sum,
  * and its sign tells value_segment_guarded that V may not be read for it. */
-static void FN(prefill_softmax)(mha_tile *t)
+static void FN(queries_softmax)(mha_tile *t)
 {
     const vec minus_inf = v_set1(-INFINITY), minus_zero = v_set1((REAL)-0.0);
     for (int g = 0; g < t->vectors; g++) {
-        REAL *s = (REAL *)t->s + g * VLEN;
-        const vec m = v_load((REAL *)t->m_block + g * VLEN);
+        REAL *s = (REAL *)t->block.s + g * VLEN;
+        const vec m = v_load((REAL *)t->block.m + g * VLEN);
         vec sum = v_set1(0);
-        if (!t->hidden)
-            for (int j = t->begin[g]; j < t->end[g]; j++) {
+        if (!t->block.hides)
+            for (int j = t->block.begin[g]; j < t->block.end[g]; j++) {
                 const vec p = FN(exp2_vec)(v_sub(v_load(s + j * LANES), m));
                 v_store(s + j * LANES, p);
                 sum = v_add(sum, p);
             }
         else
-            for (int j = t->begin[g]; j < t->end[g]; j++) {
+            for (int j = t->block.begin[g]; j < t->block.end[g]; j++) {
                 const vec x = v_load(s + j * LANES), p = FN(exp2_vec)(v_sub(x, m));
                 v_store(s + j * LANES, v_if_equal(x, minus_inf, minus_zero, p));
                 sum = v_add(sum, p);
             }
-        v_store((REAL *)t->l_block + g * VLEN, sum);
+        v_store((REAL *)t->block.l + g * VLEN, sum);
     }
 }
 
@@ -161,20 +161,20 @@ static void FN(prefill_softmax)(mha_tile *t)
 static ALWAYS_INLINE void FN(value_segment)(mha_tile *t, const mha_segment *seg, int ending, int nv)
 {
     const idx lane = seg->first * VLEN;
-    const mha_rows *v = &t->v_block;
+    const mha_rows *v = &t->block.v;
     const FN(product) p = {
         .a = (const REAL *)v->data + seg->begin * v->row,
         .a_row = 1,
         .a_depth = v->row,
-        .b = (const REAL *)t->s + seg->begin * LANES + lane,
+        .b = (const REAL *)t->block.s + seg->begin * LANES + lane,
         .b_depth = LANES,
         .depth = seg->end - seg->begin,
-        .c = (REAL *)(ending == FN(MERGE) ? t->o : t->o_block) + lane,
+        .c = (REAL *)(ending == FN(MERGE) ? t->state.o : t->block.o) + lane,
         .c_row = LANES,
         .old_factor = (const REAL *)t->a + lane,
         .new_factor = (const REAL *)t->b + lane,
     };
-    FN(product_rows)(t, &p, 0, t->problem->head_dim_v, nv, ending, NULL);
+    FN(product_rows)(t, &p, 0, t->problem->n.head_dim_v, nv, ending, NULL);
 }
 
 /* The same for a block where some lane may not see some key and V holds an Inf or NaN: 0 * Inf is
@@ -183,12 +183,12 @@ static void FN(value_segment_guarded)(const mha_tile *t, const mha_segment *seg)
 {
     const vec zero = v_set1(0), one = v_set1(1);
     for (int g = seg->first; g < seg->last; g++)
-        for (idx d = 0; d < t->problem->head_dim_v; d++) {
-            REAL *part = (REAL *)t->o_block + d * LANES + g * VLEN;
+        for (idx d = 0; d < t->problem->n.head_dim_v; d++) {
+            REAL *part = (REAL *)t->block.o + d * LANES + g * VLEN;
             vec acc = v_load(part);
             for (int j = seg->begin; j < seg->end; j++) {
-                const vec p = v_load((const REAL *)t->s + j * LANES + g * VLEN);
-                const vec v = v_set1(((const REAL *)t->v_block.data)[j * t->v_block.row + d]);
+                const vec p = v_load((const REAL *)t->block.s + j * LANES + g * VLEN);
+                const vec v = v_set1(((const REAL *)t->block.v.data)[j * t->block.v.row + d]);
                 const vec hidden = v_if_equal(p, zero, v_div(one, p), zero); /* -inf for -0 */
                 acc = v_if_less(hidden, zero, acc, v_fma(v, p, acc));
             }
@@ -197,11 +197,11 @@ static void FN(value_segment_guarded)(const mha_tile *t, const mha_segment *seg)
 }
 
 /* Merge the partial result (m_block, l_block, part) into the state. */
-static void FN(prefill_merge_part)(mha_tile *t, const REAL *part)
+static void FN(queries_merge_part)(mha_tile *t, const REAL *part)
 {
     const REAL *a = t->a, *b = t->b;
-    REAL *o = t->o;
-    for (idx d = 0; d < t->problem->head_dim_v; d++)
+    REAL *o = t->state.o;
+    for (idx d = 0; d < t->problem->n.head_dim_v; d++)
         for (int v = 0; v < t->vectors; v++) {
             const idx at = d * LANES + v * VLEN;
             v_store(o + at, v_fma(v_load(o + at), v_load(a + v * VLEN),
@@ -209,50 +209,49 @@ static void FN(prefill_merge_part)(mha_tile *t, const REAL *part)
         }
 }
 
-static void FN(prefill_merge)(mha_tile *t, const void *record)
+static void FN(queries_merge)(mha_tile *t, const void *record)
 {
-    const char *r = record;
-    const idx l = (char *)t->l - (char *)t->m, o = (char *)t->o - (char *)t->m;
-    FN(merge_sums)(t, (const REAL *)r, (const REAL *)(r + l), t->vectors);
-    FN(prefill_merge_part)(t, (const REAL *)(r + o));
+    const FN(state) *part = record;
+    FN(merge_sums)(t, part->m, part->l, t->vectors);
+    FN(queries_merge_part)(t, part->o);
 }
 
-static void FN(prefill_weighted_sum)(mha_tile *t)
+static void FN(queries_weighted_sum)(mha_tile *t)
 {
-    const int guarded = t->hidden && !FN(values_finite)(t);
-    REAL *part = t->o_block;
-    FN(merge_sums)(t, t->m_block, t->l_block, t->vectors);
-    if (t->num_segments == 1 && !guarded) {
-        const mha_segment *seg = t->segment;
+    const int guarded = t->block.hides && !FN(values_finite)(t);
+    REAL *part = t->block.o;
+    FN(merge_sums)(t, t->block.m, t->block.l, t->vectors);
+    if (t->block.num_segments == 1 && !guarded) {
+        const mha_segment *seg = t->block.segment;
         BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, FN(MERGE));
         return;
     }
-    memset(part, 0, sizeof(REAL) * (size_t)t->problem->head_dim_v * LANES);
-    for (int n = 0; n < t->num_segments; n++) {
-        const mha_segment *seg = &t->segment[n];
+    memset(part, 0, sizeof(REAL) * (size_t)t->problem->n.head_dim_v * LANES);
+    for (int n = 0; n < t->block.num_segments; n++) {
+        const mha_segment *seg = &t->block.segment[n];
         if (guarded)
             FN(value_segment_guarded)(t, seg);
         else
             BY_WIDTH(seg->last - seg->first, FN(value_segment), t, seg, FN(ADD));
     }
-    FN(prefill_merge_part)(t, part);
+    FN(queries_merge_part)(t, part);
 }
 
 /* Q^T * factor into q_panel. Lanes past the last row repeat it. */
 static void FN(pack_q)(mha_tile *t, REAL factor)
 {
     const mha_array *q = &t->problem->q;
-    const idx dim = t->problem->head_dim;
+    const idx dim = t->problem->n.head_dim;
     const vec scale = v_set1(factor);
 
     for (int g = 0; g < t->vectors; g++) {
         const REAL *row[VLEN];
         for (int i = 0; i < VLEN; i++) {
-            const char *src = t->q_row[g * VLEN + i];
+            const char *src = t->row.q[g * VLEN + i];
             row[i] = (const REAL *)src;
-            if (!FN(in_place)(src, 0, q->col, q->dtype) || q->col != sizeof(REAL)) {
+            if (!FN(in_place)(src, 0, q->col_bytes, q->dtype) || q->col_bytes != sizeof(REAL)) {
                 REAL *copy = (REAL *)t->strip + i * dim;
-                FN(read_row)(copy, src, q->col, dim, q->dtype);
+                FN(read_row)(copy, src, q->col_bytes, dim, q->dtype);
                 row[i] = copy;
             }
         }
@@ -263,55 +262,62 @@ static void FN(pack_q)(mha_tile *t, REAL factor)
 /* Rows of out = O^T * (1 / l). */
 static void FN(unpack_o)(mha_tile *t, const REAL *inverse)
 {
-    const mha_array *out = &t->problem->out;
-    const idx dim = t->problem->head_dim_v;
-    const int direct = FN(in_place)(t->out_row[0], out->row, out->col, out->dtype) &&
-                       out->head % (idx)sizeof(REAL) == 0 && out->col == sizeof(REAL);
+    const mha_array *out = &t->job->results.out;
+    const idx dim = t->problem->n.head_dim_v;
+    const int direct = FN(in_place)(t->row.out[0], out->row_bytes, out->col_bytes, out->dtype) &&
+                       out->head_bytes % (idx)sizeof(REAL) == 0 && out->col_bytes == sizeof(REAL);
 
     for (int g = 0; g < t->vectors; g++) {
         const vec scale = v_load(inverse + g * VLEN);
-        const REAL *lanes = (const REAL *)t->o + g * VLEN;
-        const int live = t->rows - g * VLEN < VLEN ? t->rows - g * VLEN : VLEN;
+        const REAL *lanes = (const REAL *)t->state.o + g * VLEN;
+        const int live = t->place.rows - g * VLEN < VLEN ? t->place.rows - g * VLEN : VLEN;
         REAL *row[VLEN];
         for (int i = 0; i < VLEN; i++)
-            row[i] = direct ? (REAL *)t->out_row[g * VLEN + i] : (REAL *)t->strip + i * dim;
+            row[i] = direct ? (REAL *)t->row.out[g * VLEN + i] : (REAL *)t->strip + i * dim;
         idx d = 0;
         for (; d + VLEN <= dim; d += VLEN)
             FN(from_lanes)(lanes + d * LANES, scale, row, d, VLEN, live);
         if (d < dim)
             FN(from_lanes)(lanes + d * LANES, scale, row, d, (int)(dim - d), live);
         for (int i = 0; i < live && !direct; i++)
-            FN(write_row)(t->out_row[g * VLEN + i], row[i], out->col, dim, out->dtype);
+            FN(write_row)(t->row.out[g * VLEN + i], row[i], out->col_bytes, dim, out->dtype);
     }
 }
 
-static FN(shape) FN(prefill_shape)(const mha_problem *p)
+static FN(shape) FN(queries_shape)(const mha_problem *p)
 {
-    const idx o = (p->head_dim_v + VLEN) * LANES; /* room for whole transposes */
-    return (FN(shape)){(p->head_dim + VLEN) * LANES, MHA_KEY_BLOCK * LANES, o, o};
+    return (FN(shape)){
+        .q_panel = (p->n.head_dim + VLEN) * LANES, /* room for whole transposes */
+        .s = MHA_KEY_BLOCK * LANES,
+        .o = (p->n.head_dim_v + VLEN) * LANES,
+    };
 }
 
-static size_t FN(prefill_state_bytes)(const mha_problem *p)
+static size_t FN(queries_tile_bytes)(const mha_problem *p)
 {
-    const FN(shape) shape = FN(prefill_shape)(p);
-    return FN(state_bytes)(&shape);
+    return FN(lay_out)(NULL, p, FN(queries_shape)(p));
 }
 
-static mha_tile *FN(prefill_begin)(const mha_problem *p, idx task)
+static size_t FN(queries_state_bytes)(const mha_problem *p)
 {
-    const FN(shape) shape = FN(prefill_shape)(p);
-    mha_tile *t = FN(open_tile)(p, task, &shape);
+    return FN(state_bytes)(FN(queries_shape)(p));
+}
+
+static mha_tile *FN(queries_begin)(const mha_job *job, idx task)
+{
+    const mha_problem *p = job->problem;
+    mha_tile *t = FN(open_tile)(job, task, FN(queries_shape)(p));
     if (!t)
         return NULL;
-    t->o_rows = p->head_dim_v;
-    t->o_stride = LANES;
-    t->o_live = t->vectors * VLEN;
+    t->state.o_rows = p->n.head_dim_v;
+    t->state.o_stride = LANES;
+    t->state.o_live = t->vectors * VLEN;
     FN(reset)(t);
-    FN(pack_q)(t, (REAL)p->scale);
+    FN(pack_q)(t, (REAL)p->scoring.scale);
     return t;
 }
 
-static void FN(prefill_finish)(mha_tile *t)
+static void FN(queries_finish)(mha_tile *t)
 {
     REAL inverse[LANES] = {0};
     FN(finish_sums)(t, inverse);
