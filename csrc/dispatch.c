@@ -1,16 +1,15 @@
 /* Which instruction sets are compiled in, and which of them this CPU (and its system) can run. */
+#include "cpu.h"
 #include "mha.h"
 
-#define CPU(feature) __builtin_cpu_supports(feature)
-
-#define MHA_ISA(name, condition) extern const mha_isa mha_isa_##name;
+#define MHA_ISA(name, needs) extern const mha_isa mha_isa_##name;
 #include "isa.def"
 #undef MHA_ISA
 
 const mha_isa *mha_isa_at(int i)
 {
     static const mha_isa *const isas[] = {
-#define MHA_ISA(name, condition) &mha_isa_##name,
+#define MHA_ISA(name, needs) &mha_isa_##name,
 #include "isa.def"
 #undef MHA_ISA
     };
@@ -19,10 +18,10 @@ const mha_isa *mha_isa_at(int i)
 
 int mha_isa_usable(int i)
 {
-    const int usable[] = {
-#define MHA_ISA(name, condition) condition,
+    static const uint32_t needs[] = {
+#define MHA_ISA(name, needs) needs,
 #include "isa.def"
 #undef MHA_ISA
     };
-    return usable[i] != 0;
+    return (needs[i] & ~mha_cpu_features()) == 0;
 }

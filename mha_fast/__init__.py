@@ -1,7 +1,16 @@
 """Exact multi-head attention for NumPy arrays on CPUs."""
 
+try:
+    from .attention import attention
+except ModuleNotFoundError as error:
+    if error.name != "mha_fast._core":
+        raise
+    raise ImportError(
+        f"{__path__[0]} is the source of mha_fast, without the extension that a build makes. Start "
+        "Python in another folder, where it finds the installed package (`pip install .`), or "
+        "build the extension here (`pip install -e .`)."
+    ) from None
 from . import heads, reference
-from .attention import attention
 from .model.layer import MultiHeadAttention
 from .model.projection import linear
 from .process.config import show_config

@@ -3,8 +3,12 @@
 import importlib.metadata
 import json
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +131,42 @@ def test_the_doctor_advises_what_is_faster(monkeypatch, capsys, other, ours, adv
     doctor.doctor()
     shown = capsys.readouterr().out
     assert all(words in shown for words in advice), shown
+
+
+def import_a_copy(run_python, folder, extension=None):
+    """What `import mha_fast` says where a copy of the package shadows the installed one."""
+    source = Path(mha_fast.__file__).parent
+    shutil.copytree(source, folder / "mha_fast", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
+    if extension is not None:
+        (folder / "mha_fast" / Path(_core.__file__).name).write_bytes(extension)
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+    code += "sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in repr(x)]\n"
+    code += "import mha_fast"
+    return run_python(code).stderr
+
+
+def test_a_source_tree_without_extension_says_what_helps(run_python, tmp_path):
+    said = import_a_copy(run_python, tmp_path)
+    assert f"{tmp_path}/mha_fast is the source of mha_fast" in said
+    assert "pip install -e ." in said and "circular" not in said
+
+
+def test_an_extension_that_is_broken_says_so_itself(run_python, tmp_path):
+    said = import_a_copy(run_python, tmp_path, extension=b"no library")
+    assert "ImportError" in said and "is the source of" not in said
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(),
+    reason="needs Linux's list",
+)
+def test_usable_instruction_sets_are_those_of_the_system():
+    [flags, *_] = re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    needs = {
+        "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "f16c"},
+        "avx2": {"avx2", "fma", "f16c"},
+        "generic": set(),
+    }
+    assert set(needs) == set(_core.isa_names(usable=False))
+    usable = [name for name in needs if needs[name] <= set(flags.split())]
+    assert _core.isa_names() == usable

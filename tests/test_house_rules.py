@@ -11,13 +11,14 @@ CSRC = ROOT / "csrc"
 
 pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="needs the source tree")
 
-C_FILES = sorted(p for p in CSRC.rglob("*") if p.is_file()) if CSRC.is_dir() else []
+C_FILES = sorted(CSRC.rglob("[!.]*.[chd]*")) if CSRC.is_dir() else []
 PYTHON_FILES = sorted(
     path
     for folder in ("mha_fast", "tests", "benchmarks", "examples")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".pyx", ".pxd")
+    if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".pyi")
 )
+CYTHON_FILES = [path for path in PYTHON_FILES if path.suffix in (".pyx", ".pxi")]
 
 
 def listed(name, macro):
@@ -61,7 +62,7 @@ def test_c_knows_no_python_and_never_prints_aborts_or_exits(path):
 
 
 def test_public_symbols_are_named_mha():
-    definition = r"^(?!static|typedef|extern|return|else)\w[\w *]*?(\w+)\([^;]*\n\{"
+    definition = r"^(?!static|WORD|typedef|extern|return|else)\w[\w *]*?(\w+)\([^;]*\n\{"
     for path in CSRC.rglob("*.[ch]"):
         names = re.findall(definition, code_of(path), re.M)
         assert all(name.startswith("mha_") for name in names), f"{path.name}: {names}"
@@ -86,7 +87,7 @@ def test_isa_file_holds_the_vocabulary_and_nothing_else(isa):
     text = (CSRC / "isa" / f"{isa}.c").read_text()
     for line, name in re.findall(r'(#include "(\w+_words.inc.h)")', text):
         text = text.replace(line, (CSRC / "isa" / name).read_text(), 1)
-    words = re.findall(r"^static ALWAYS_INLINE [\w ]+?\b(\w+)\(", text, re.M)
+    words = re.findall(r"^WORD [\w ]+?\b(\w+)\(", text, re.M)
     spoken = {word for word in words if word.startswith("v_")}
     assert spoken == vocabulary()
     assert all(words.count(word) == 2 for word in spoken), "one for each REAL"
@@ -94,9 +95,43 @@ def test_isa_file_holds_the_vocabulary_and_nothing_else(isa):
     assert text.count('#include "../kernel.inc.h"') == 2
 
 
-def test_cython_has_no_fused_type_and_no_code_per_dtype():
-    text = (ROOT / "mha_fast" / "_core.pyx").read_text()
+@pytest.mark.parametrize("path", CYTHON_FILES, ids=name_of)
+def test_cython_has_no_fused_type_and_no_code_per_dtype(path):
+    text = path.read_text()
     assert not re.search(r"\b(ctypedef fused|cython\.floating|REAL)\b", text)
+    for dtype in ("MHA_F16", "MHA_BF16"):  # its row of the table, and where NumPy finds bfloat16
+        assert len(re.findall(rf"\b{dtype}\b", text)) <= (3 if path.name == "_arrays.pxi" else 0)
+
+
+def parameters(text):
+    """Name and number of parameters of each function that is defined in C or Cython."""
+    text = re.sub(r"\bFN\((\w+)\)", r"\1", text)
+    c = r"^\w[^;{}=#]*?\b(\w+)\(([^;{}]*?)\)\s*\{"
+    cython = r"^ *(?:cdef|cpdef|def) [^=\n]*?\b(\w+)\(([^:]*?)\)[^()]*:$"
+    for name, found in re.findall(c, text, re.M) + re.findall(cython, text, re.M):
+        yield name, len([x for x in re.sub(r"\([^()]*\)", "", found).split(",") if x.strip("* ")])
+
+
+@pytest.mark.parametrize("path", [*C_FILES, *CYTHON_FILES], ids=name_of)
+def test_function_takes_at_most_seven_parameters(path):
+    text = code_of(path) if path in C_FILES else path.read_text()
+    for name, count in parameters(text):
+        assert count <= 7 or name == "ask", f"{name} takes {count}"  # the question's options
+
+
+def test_parameters_are_counted_in_every_kind_of_function():
+    product = (CSRC / "product.inc.h").read_text()
+    assert ("multiply", 6) in parameters(product) and ("product_tile", 7) in parameters(product)
+    words = (CSRC / "isa" / "avx2.c").read_text()
+    assert ("v_fma", 3) in parameters(words) and ("v_if_less", 4) in parameters(words)
+    team = (ROOT / "mha_fast" / "_team.pxi").read_text()
+    assert ("plan_of", 4) in parameters(team) and ("claim_threads", 1) in parameters(team)
+    guilty = "static int f(int a, int b, int c, int d,\n    int e, int f, int g, int h)\n{\n}\n"
+    assert list(parameters(guilty)) == [("f", 8)]
+
+
+def test_source_asks_the_cpu_itself():
+    assert not any("__builtin_cpu" in code_of(path) for path in C_FILES)
 
 
 def test_hard_dependencies_are_numpy_and_threadpoolctl():

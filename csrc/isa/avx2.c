@@ -29,72 +29,36 @@ static ALWAYS_INLINE __m256i first64(int n)
 #define VLEN 8
 typedef __m256 vec;
 
-static ALWAYS_INLINE vec v_load(const float *p)
-{
-    return _mm256_loadu_ps(p);
-}
-static ALWAYS_INLINE void v_store(float *p, vec a)
-{
-    _mm256_storeu_ps(p, a);
-}
-static ALWAYS_INLINE vec v_load_n(const float *p, int n)
-{
-    return _mm256_maskload_ps(p, first32(n));
-}
-static ALWAYS_INLINE void v_store_n(float *p, vec a, int n)
-{
-    _mm256_maskstore_ps(p, first32(n), a);
-}
-static ALWAYS_INLINE vec v_load_f16(const void *p)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128(p));
-}
-static ALWAYS_INLINE vec v_load_bf16(const void *p)
+WORD vec v_load(const float *p) { return _mm256_loadu_ps(p); }
+WORD void v_store(float *p, vec a) { _mm256_storeu_ps(p, a); }
+WORD vec v_load_n(const float *p, int n) { return _mm256_maskload_ps(p, first32(n)); }
+WORD void v_store_n(float *p, vec a, int n) { _mm256_maskstore_ps(p, first32(n), a); }
+WORD vec v_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+WORD vec v_load_bf16(const void *p)
 {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-static ALWAYS_INLINE vec v_set1(float x)
-{
-    return _mm256_set1_ps(x);
-}
-static ALWAYS_INLINE vec v_add(vec a, vec b)
-{
-    return _mm256_add_ps(a, b);
-}
-static ALWAYS_INLINE vec v_sub(vec a, vec b)
-{
-    return _mm256_sub_ps(a, b);
-}
-static ALWAYS_INLINE vec v_mul(vec a, vec b)
-{
-    return _mm256_mul_ps(a, b);
-}
-static ALWAYS_INLINE vec v_div(vec a, vec b)
-{
-    return _mm256_div_ps(a, b);
-}
-static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
-{
-    return _mm256_fmadd_ps(a, b, c);
-}
-static ALWAYS_INLINE vec v_max(vec a, vec b)
-{
-    return _mm256_max_ps(a, b);
-}
-static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+WORD vec v_set1(float x) { return _mm256_set1_ps(x); }
+WORD vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+WORD vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+WORD vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+WORD vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
+WORD vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+WORD vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
+WORD vec v_if_equal(vec a, vec b, vec x, vec y)
 {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
 }
-static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+WORD vec v_if_less(vec a, vec b, vec x, vec y)
 {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
-static ALWAYS_INLINE vec v_pow2(vec t)
+WORD vec v_pow2(vec t)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
 }
-static ALWAYS_INLINE void v_transpose(vec *v)
+WORD void v_transpose(vec *v)
 {
     vec w[8];
     UNROLL
@@ -127,72 +91,36 @@ static ALWAYS_INLINE void v_transpose(vec *v)
 #define VLEN 4
 typedef __m256d vec;
 
-static ALWAYS_INLINE vec v_load(const double *p)
-{
-    return _mm256_loadu_pd(p);
-}
-static ALWAYS_INLINE void v_store(double *p, vec a)
-{
-    _mm256_storeu_pd(p, a);
-}
-static ALWAYS_INLINE vec v_load_n(const double *p, int n)
-{
-    return _mm256_maskload_pd(p, first64(n));
-}
-static ALWAYS_INLINE void v_store_n(double *p, vec a, int n)
-{
-    _mm256_maskstore_pd(p, first64(n), a);
-}
-static ALWAYS_INLINE vec v_load_f16(const void *p)
-{
-    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(p)));
-}
-static ALWAYS_INLINE vec v_load_bf16(const void *p)
+WORD vec v_load(const double *p) { return _mm256_loadu_pd(p); }
+WORD void v_store(double *p, vec a) { _mm256_storeu_pd(p, a); }
+WORD vec v_load_n(const double *p, int n) { return _mm256_maskload_pd(p, first64(n)); }
+WORD void v_store_n(double *p, vec a, int n) { _mm256_maskstore_pd(p, first64(n), a); }
+WORD vec v_load_f16(const void *p) { return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(p))); }
+WORD vec v_load_bf16(const void *p)
 {
     const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(p));
     return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
 }
-static ALWAYS_INLINE vec v_set1(double x)
-{
-    return _mm256_set1_pd(x);
-}
-static ALWAYS_INLINE vec v_add(vec a, vec b)
-{
-    return _mm256_add_pd(a, b);
-}
-static ALWAYS_INLINE vec v_sub(vec a, vec b)
-{
-    return _mm256_sub_pd(a, b);
-}
-static ALWAYS_INLINE vec v_mul(vec a, vec b)
-{
-    return _mm256_mul_pd(a, b);
-}
-static ALWAYS_INLINE vec v_div(vec a, vec b)
-{
-    return _mm256_div_pd(a, b);
-}
-static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
-{
-    return _mm256_fmadd_pd(a, b, c);
-}
-static ALWAYS_INLINE vec v_max(vec a, vec b)
-{
-    return _mm256_max_pd(a, b);
-}
-static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+WORD vec v_set1(double x) { return _mm256_set1_pd(x); }
+WORD vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
+WORD vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
+WORD vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
+WORD vec v_div(vec a, vec b) { return _mm256_div_pd(a, b); }
+WORD vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
+WORD vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
+WORD vec v_if_equal(vec a, vec b, vec x, vec y)
 {
     return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_EQ_OQ));
 }
-static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+WORD vec v_if_less(vec a, vec b, vec x, vec y)
 {
     return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LT_OQ));
 }
-static ALWAYS_INLINE vec v_pow2(vec t)
+WORD vec v_pow2(vec t)
 {
     return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52));
 }
-static ALWAYS_INLINE void v_transpose(vec *v)
+WORD void v_transpose(vec *v)
 {
     const vec a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
     const vec c = _mm256_unpacklo_pd(v[2], v[3]), d = _mm256_unpackhi_pd(v[2], v[3]);
@@ -205,4 +133,7 @@ static ALWAYS_INLINE void v_transpose(vec *v)
 #include "../kernel.inc.h"
 
 const mha_isa mha_isa_avx2 = {"avx2", &kernels_f32, &kernels_f64};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

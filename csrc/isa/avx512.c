@@ -20,72 +20,42 @@
 #define VLEN 16
 typedef __m512 vec;
 
-static ALWAYS_INLINE vec v_load(const float *p)
-{
-    return _mm512_loadu_ps(p);
-}
-static ALWAYS_INLINE void v_store(float *p, vec a)
-{
-    _mm512_storeu_ps(p, a);
-}
-static ALWAYS_INLINE vec v_load_n(const float *p, int n)
+WORD vec v_load(const float *p) { return _mm512_loadu_ps(p); }
+WORD void v_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
+WORD vec v_load_n(const float *p, int n)
 {
     return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 }
-static ALWAYS_INLINE void v_store_n(float *p, vec a, int n)
+WORD void v_store_n(float *p, vec a, int n)
 {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a);
 }
-static ALWAYS_INLINE vec v_load_f16(const void *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
-}
-static ALWAYS_INLINE vec v_load_bf16(const void *p)
+WORD vec v_load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+WORD vec v_load_bf16(const void *p)
 {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-static ALWAYS_INLINE vec v_set1(float x)
-{
-    return _mm512_set1_ps(x);
-}
-static ALWAYS_INLINE vec v_add(vec a, vec b)
-{
-    return _mm512_add_ps(a, b);
-}
-static ALWAYS_INLINE vec v_sub(vec a, vec b)
-{
-    return _mm512_sub_ps(a, b);
-}
-static ALWAYS_INLINE vec v_mul(vec a, vec b)
-{
-    return _mm512_mul_ps(a, b);
-}
-static ALWAYS_INLINE vec v_div(vec a, vec b)
-{
-    return _mm512_div_ps(a, b);
-}
-static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-}
-static ALWAYS_INLINE vec v_max(vec a, vec b)
-{
-    return _mm512_max_ps(a, b);
-}
-static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+WORD vec v_set1(float x) { return _mm512_set1_ps(x); }
+WORD vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+WORD vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+WORD vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+WORD vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+WORD vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+WORD vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+WORD vec v_if_equal(vec a, vec b, vec x, vec y)
 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
 }
-static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+WORD vec v_if_less(vec a, vec b, vec x, vec y)
 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
-static ALWAYS_INLINE vec v_pow2(vec t)
+WORD vec v_pow2(vec t)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
 }
-static ALWAYS_INLINE void v_transpose(vec *v)
+WORD void v_transpose(vec *v)
 {
     vec w[16];
     UNROLL
@@ -124,72 +94,42 @@ static ALWAYS_INLINE void v_transpose(vec *v)
 #define VLEN 8
 typedef __m512d vec;
 
-static ALWAYS_INLINE vec v_load(const double *p)
-{
-    return _mm512_loadu_pd(p);
-}
-static ALWAYS_INLINE void v_store(double *p, vec a)
-{
-    _mm512_storeu_pd(p, a);
-}
-static ALWAYS_INLINE vec v_load_n(const double *p, int n)
+WORD vec v_load(const double *p) { return _mm512_loadu_pd(p); }
+WORD void v_store(double *p, vec a) { _mm512_storeu_pd(p, a); }
+WORD vec v_load_n(const double *p, int n)
 {
     return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
 }
-static ALWAYS_INLINE void v_store_n(double *p, vec a, int n)
+WORD void v_store_n(double *p, vec a, int n)
 {
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), a);
 }
-static ALWAYS_INLINE vec v_load_f16(const void *p)
-{
-    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(p)));
-}
-static ALWAYS_INLINE vec v_load_bf16(const void *p)
+WORD vec v_load_f16(const void *p) { return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(p))); }
+WORD vec v_load_bf16(const void *p)
 {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
     return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
 }
-static ALWAYS_INLINE vec v_set1(double x)
-{
-    return _mm512_set1_pd(x);
-}
-static ALWAYS_INLINE vec v_add(vec a, vec b)
-{
-    return _mm512_add_pd(a, b);
-}
-static ALWAYS_INLINE vec v_sub(vec a, vec b)
-{
-    return _mm512_sub_pd(a, b);
-}
-static ALWAYS_INLINE vec v_mul(vec a, vec b)
-{
-    return _mm512_mul_pd(a, b);
-}
-static ALWAYS_INLINE vec v_div(vec a, vec b)
-{
-    return _mm512_div_pd(a, b);
-}
-static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
-{
-    return _mm512_fmadd_pd(a, b, c);
-}
-static ALWAYS_INLINE vec v_max(vec a, vec b)
-{
-    return _mm512_max_pd(a, b);
-}
-static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+WORD vec v_set1(double x) { return _mm512_set1_pd(x); }
+WORD vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
+WORD vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
+WORD vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
+WORD vec v_div(vec a, vec b) { return _mm512_div_pd(a, b); }
+WORD vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+WORD vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
+WORD vec v_if_equal(vec a, vec b, vec x, vec y)
 {
     return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), y, x);
 }
-static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+WORD vec v_if_less(vec a, vec b, vec x, vec y)
 {
     return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), y, x);
 }
-static ALWAYS_INLINE vec v_pow2(vec t)
+WORD vec v_pow2(vec t)
 {
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
 }
-static ALWAYS_INLINE void v_transpose(vec *v)
+WORD void v_transpose(vec *v)
 {
     vec w[8];
     UNROLL
@@ -216,4 +156,7 @@ static ALWAYS_INLINE void v_transpose(vec *v)
 #include "../kernel.inc.h"
 
 const mha_isa mha_isa_avx512 = {"avx512", &kernels_f32, &kernels_f64};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

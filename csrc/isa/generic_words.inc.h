@@ -3,94 +3,85 @@ typedef struct {
     REAL x[VLEN];
 } vec;
 
-static ALWAYS_INLINE vec v_load_n(const REAL *p, int n)
+WORD vec v_load_n(const REAL *p, int n)
 {
     vec r = {{0}};
     memcpy(r.x, p, sizeof(REAL) * (size_t)n);
     return r;
 }
-static ALWAYS_INLINE void v_store_n(REAL *p, vec a, int n)
-{
-    memcpy(p, a.x, sizeof(REAL) * (size_t)n);
-}
-static ALWAYS_INLINE vec v_load(const REAL *p)
-{
-    return v_load_n(p, VLEN);
-}
-static ALWAYS_INLINE void v_store(REAL *p, vec a)
-{
-    v_store_n(p, a, VLEN);
-}
-static ALWAYS_INLINE vec v_load_f16(const void *p)
+WORD void v_store_n(REAL *p, vec a, int n) { memcpy(p, a.x, sizeof(REAL) * (size_t)n); }
+WORD vec v_load(const REAL *p) { return v_load_n(p, VLEN); }
+WORD void v_store(REAL *p, vec a) { v_store_n(p, a, VLEN); }
+WORD vec v_load_f16(const void *p)
 {
     vec r;
     EACH (i, VLEN)
         r.x[i] = (REAL)mha_from_f16((const char *)p + 2 * i);
     return r;
 }
-static ALWAYS_INLINE vec v_load_bf16(const void *p)
+WORD vec v_load_bf16(const void *p)
 {
     vec r;
     EACH (i, VLEN)
         r.x[i] = (REAL)mha_from_bf16((const char *)p + 2 * i);
     return r;
 }
-static ALWAYS_INLINE vec v_set1(REAL x)
+WORD vec v_set1(REAL x)
 {
     vec r;
     EACH (i, VLEN)
         r.x[i] = x;
     return r;
 }
-static ALWAYS_INLINE vec v_add(vec a, vec b)
+WORD vec v_add(vec a, vec b)
 {
     EACH (i, VLEN)
         a.x[i] += b.x[i];
     return a;
 }
-static ALWAYS_INLINE vec v_sub(vec a, vec b)
+WORD vec v_sub(vec a, vec b)
 {
     EACH (i, VLEN)
         a.x[i] -= b.x[i];
     return a;
 }
-static ALWAYS_INLINE vec v_mul(vec a, vec b)
+WORD vec v_mul(vec a, vec b)
 {
     EACH (i, VLEN)
         a.x[i] *= b.x[i];
     return a;
 }
-static ALWAYS_INLINE vec v_div(vec a, vec b)
+WORD vec v_div(vec a, vec b)
 {
     EACH (i, VLEN)
         a.x[i] /= b.x[i];
     return a;
 }
-static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c)
+WORD vec v_fma(vec a, vec b, vec c)
 {
     EACH (i, VLEN)
         a.x[i] = FMA(a.x[i], b.x[i], c.x[i]);
     return a;
 }
-static ALWAYS_INLINE vec v_max(vec a, vec b)
+WORD vec v_max(vec a, vec b)
 {
     EACH (i, VLEN)
         a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
     return a;
 }
-static ALWAYS_INLINE vec v_if_equal(vec a, vec b, vec x, vec y)
+WORD vec v_if_equal(vec a, vec b, vec x, vec y)
 {
     EACH (i, VLEN)
         y.x[i] = a.x[i] == b.x[i] ? x.x[i] : y.x[i];
     return y;
 }
-static ALWAYS_INLINE vec v_if_less(vec a, vec b, vec x, vec y)
+WORD vec v_if_less(vec a, vec b, vec x, vec y)
 {
     EACH (i, VLEN)
         y.x[i] = a.x[i] < b.x[i] ? x.x[i] : y.x[i];
     return y;
 }
-static ALWAYS_INLINE vec v_pow2(vec t)
+WORD vec v_pow2(vec t)
 {
     EACH (i, VLEN) {
         BITS u;
@@ -100,7 +91,7 @@ static ALWAYS_INLINE vec v_pow2(vec t)
     }
     return t;
 }
-static ALWAYS_INLINE void v_transpose(vec *v)
+WORD void v_transpose(vec *v)
 {
     for (int j = 0; j < VLEN; j++)
         for (int i = 0; i < j; i++) {

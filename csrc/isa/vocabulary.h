@@ -49,9 +49,15 @@
 #else
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #endif
+
+#define WORD static ALWAYS_INLINE
 
 /* A loop unrolled whole: n is a constant after inlining. */
 #define EACH(i, n)                                                                                 \
