@@ -201,3 +201,13 @@ def test_canary_an_argument_without_a_row_is_caught(monkeypatch):
     monkeypatch.setitem(OPTIONS, "new", Option("softcap", lambda p: 3.0))
     with pytest.raises(AssertionError):
         test_every_argument_of_attention_has_a_row()
+
+
+def test_an_argument_of_each_head_is_cut_by_its_row(monkeypatch):
+    monkeypatch.setitem(OPTIONS, "new", Option("new", lambda p: np.arange(p.heads), "h", {}, "b"))
+    q, k, v = arrays()
+    options = OPTIONS["new"](q, k, v)
+    assert cut(options, "h", slice(1, 3), q, k, v)["new"].tolist() == [1, 2]
+    assert cut(options, "q", slice(1, 3), q, k, v)["new"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(pytest.skip.Exception, match="new counts them"):
+        cut(options, "b", slice(0, 1), q, k, v)
