@@ -52,8 +52,5 @@ uint32_t mha_cpu_features(void)
     return found;
 }
 #else
-uint32_t mha_cpu_features(void)
-{
-    return 0;
-}
+uint32_t mha_cpu_features(void) { return 0; }
 #endif

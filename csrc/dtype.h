@@ -28,10 +28,7 @@ static inline uint16_t mha_read16(const char *p)
     return u;
 }
 
-static inline float mha_from_bool(const char *p)
-{
-    return *p ? 0.0f : -INFINITY;
-}
+static inline float mha_from_bool(const char *p) { return *p ? 0.0f : -INFINITY; }
 
 /* IEEE binary16: place the 15 magnitude bits in a float and move the exponent bias with one exact
  * multiplication; exponent 31 (inf, NaN) is then restored. */
@@ -93,9 +90,6 @@ static inline double mha_from_f64(const char *p)
     return x;
 }
 
-static inline void mha_to_f64(char *p, double y)
-{
-    memcpy(p, &y, sizeof y);
-}
+static inline void mha_to_f64(char *p, double y) { memcpy(p, &y, sizeof y); }
 
 #endif

@@ -18,8 +18,8 @@
             f(__VA_ARGS__, DTYPE);                                                                 \
     } while (0)
 
-/* Scores of one row from its products, and their maximum; whether any key of the block is hidden.
- * Lanes past the last key hold NaN meanwhile, which no maximum takes and which is not hidden. */
+/* Scores of one row from its products. Lanes past the last key hold NaN meanwhile, which no maximum
+ * takes and which is not hidden. */
 static ALWAYS_INLINE void FN(score_row)(mha_tile *t, int row, FN(found) * found, int num_terms)
 {
     static const REAL ramp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -38,7 +38,7 @@ static ALWAYS_INLINE void FN(score_row)(mha_tile *t, int row, FN(found) * found,
     v_store(s + end, v_set1(-(REAL)INFINITY)); /* softmax works on whole vectors */
 }
 
-static void FN(keys_score)(mha_tile *t)
+static void FN(score_rows)(mha_tile *t)
 {
     int hidden = 0;
     for (int row = 0; row < t->place.rows; row++) {
@@ -69,7 +69,7 @@ static int FN(keys_scores)(mha_tile *t, idx block)
                                        : FN(score_panel_real);
     for (int j = t->block.begin[0]; j < t->block.end[0]; j += PANEL)
         score_panel(t, j, t->block.end[0] - j < PANEL ? t->block.end[0] - j : PANEL);
-    FN(keys_score)(t);
+    FN(score_rows)(t);
     return 1;
 }
 
@@ -84,9 +84,8 @@ static void FN(keys_softmax)(mha_tile *t)
             v_store(s + j, v_if_equal(x, minus_inf, minus_zero, p));
         }
         int j = t->block.begin[0];
-        for (; j + VLEN <= t->block.end[0];
-             j += VLEN) /* unrolled: a chain that other work can overlap */
-            EACH (i, VLEN)
+        for (; j + VLEN <= t->block.end[0]; j += VLEN)
+            EACH (i, VLEN) /* unrolled: a chain that other work can overlap */
                 sum += s[j + i];
         for (; j < t->block.end[0]; j++)
             sum += s[j];
@@ -138,16 +137,14 @@ static ALWAYS_INLINE void FN(keys_value_rows)(const mha_tile *t, int begin, int 
     const int nv = VALUE_NV(rows);
     const idx dim = t->problem->n.head_dim_v;
     const mha_rows *v = &t->block.v;
-    const FN(product) p = {
-        .a = (const REAL *)t->block.s + row * SCORE_ROW + begin,
-        .a_row = SCORE_ROW,
-        .a_depth = 1,
-        .b = (const char *)v->data + begin * v->row * FN(size_of)(dtype),
-        .b_depth = v->row,
-        .depth = end - begin,
-        .c = (REAL *)t->block.o + row * dim,
-        .c_row = dim,
-    };
+    const FN(product) p = {.a = (const REAL *)t->block.s + row * SCORE_ROW + begin,
+                           .a_row = SCORE_ROW,
+                           .a_depth = 1,
+                           .b = (const char *)v->data + begin * v->row * FN(size_of)(dtype),
+                           .b_depth = v->row,
+                           .depth = end - begin,
+                           .c = (REAL *)t->block.o + row * dim,
+                           .c_row = dim};
     idx d = 0;
     for (; d + nv * VLEN <= dim && !guarded; d += nv * VLEN)
         FN(keys_value_chunk)(t, &p, d, rows, nv, dtype);
@@ -207,10 +204,7 @@ static void FN(keys_weighted_sum)(mha_tile *t)
 static FN(shape) FN(keys_shape)(const mha_problem *p)
 {
     return (FN(shape)){
-        .q_panel = VLEN * p->n.head_dim,
-        .s = VLEN * SCORE_ROW,
-        .o = VLEN * p->n.head_dim_v,
-    };
+        .q_panel = VLEN * p->n.head_dim, .s = VLEN * SCORE_ROW, .o = VLEN * p->n.head_dim_v};
 }
 
 static size_t FN(keys_tile_bytes)(const mha_problem *p)

@@ -83,10 +83,10 @@ typedef struct {
 } mha_sizes;
 
 /* Who sees whom. Query row i stands at position i + q_offset and sees the keys from position - left
- * to position + right that exist. */
+ * to position + right of the first kv_lengths. Absent: the last query is at the last key; all keys.
+ */
 typedef struct {
-    mha_array q_offset, kv_lengths; /* int64, batch axes only; absent: the last query sees the last
-                                       key, and all keys exist */
+    mha_array q_offset, kv_lengths; /* int64, batch axes only */
     idx left, right;
 } mha_spans;
 
@@ -191,6 +191,7 @@ typedef struct {
     struct {
         idx first_key;                                    /* all other keys count from this one */
         int begin[MHA_MAX_VECTORS], end[MHA_MAX_VECTORS]; /* each vector's reach in the block */
+        int first, last;                                  /* of all of them: keys [first, last) */
         int hides; /* some row may not see some key of its vector's reach */
         int num_segments, num_mixed;
         mha_segment segment[2 * MHA_MAX_VECTORS];

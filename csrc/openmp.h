@@ -15,26 +15,11 @@
 #define MHA_OPENMP_VERSION _OPENMP
 #else
 #define MHA_OPENMP_VERSION 0
-static inline int omp_get_max_threads(void)
-{
-    return 1;
-}
-static inline int omp_get_thread_num(void)
-{
-    return 0;
-}
-static inline int omp_in_parallel(void)
-{
-    return 0;
-}
-static inline int omp_get_num_procs(void)
-{
-    return 1;
-}
-static inline double omp_get_wtime(void)
-{
-    return 0;
-}
+static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_in_parallel(void) { return 0; }
+static inline int omp_get_num_procs(void) { return 1; }
+static inline double omp_get_wtime(void) { return 0; }
 #endif
 
 #if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__)

@@ -21,16 +21,14 @@
 static ALWAYS_INLINE void FN(score_segment)(mha_tile *t, const mha_segment *seg, int nv)
 {
     const idx lane = seg->first * VLEN;
-    const FN(product) p = {
-        .a = t->block.k.data,
-        .a_row = t->block.k.row,
-        .a_depth = t->block.k.col,
-        .b = (const REAL *)t->q_panel + lane,
-        .b_depth = LANES,
-        .depth = t->problem->n.head_dim,
-        .c = (REAL *)t->block.s + lane,
-        .c_row = LANES,
-    };
+    const FN(product) p = {.a = t->block.k.data,
+                           .a_row = t->block.k.row,
+                           .a_depth = t->block.k.col,
+                           .b = (const REAL *)t->q_panel + lane,
+                           .b_depth = LANES,
+                           .depth = t->problem->n.head_dim,
+                           .c = (REAL *)t->block.s + lane,
+                           .c_row = LANES};
     REAL *m = (REAL *)t->block.m + lane;
     vec best[NV];
     EACH (v, nv)
@@ -87,7 +85,7 @@ static ALWAYS_INLINE void FN(score_vector)(mha_tile *t, int g, FN(found) * found
 /* Scores from products, and their maximum anew: that of the products may come from a key that the
  * row does not see. Finds out whether any key of the block is hidden, which a float bias rarely
  * does. A function with registers of its own, apart from the product's. */
-static NOINLINE void FN(queries_score)(mha_tile *t)
+static NOINLINE void FN(score_vectors)(mha_tile *t)
 {
     int hidden = 0;
     for (int g = 0; g < t->vectors; g++) {
@@ -103,7 +101,7 @@ static NOINLINE void FN(queries_score)(mha_tile *t)
  * computed. */
 static void FN(look_ahead)(mha_tile *t, int last)
 {
-    const int keys = t->block.segment[t->block.num_segments - 1].end - t->block.segment[0].begin;
+    const int keys = t->block.last - t->block.first;
     const idx steps = (keys + t->problem->n.head_dim_v) / ROWS(t->vectors) + 1;
     idx rows = 0;
     if (last)
@@ -127,7 +125,7 @@ static int FN(queries_scores)(mha_tile *t, idx block)
         BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
     }
     if (t->block.num_mixed || t->block.hides)
-        FN(queries_score)(t);
+        FN(score_vectors)(t);
     return 1;
 }
 
@@ -157,7 +155,7 @@ static void FN(queries_softmax)(mha_tile *t)
 }
 
 /* O^T (+)= V^T P^T of one segment: rows are head dims. Merged into o at once where the segment is
- * the whole block, else carried on in o_block from segment to segment. */
+ * the whole block, else carried on in the block's o from segment to segment. */
 static ALWAYS_INLINE void FN(value_segment)(mha_tile *t, const mha_segment *seg, int ending, int nv)
 {
     const idx lane = seg->first * VLEN;
@@ -196,7 +194,7 @@ static void FN(value_segment_guarded)(const mha_tile *t, const mha_segment *seg)
         }
 }
 
-/* Merge the partial result (m_block, l_block, part) into the state. */
+/* Merge the partial result `part`, [head_dim_v][LANES], by the factors a and b. */
 static void FN(queries_merge_part)(mha_tile *t, const REAL *part)
 {
     const REAL *a = t->a, *b = t->b;
@@ -286,11 +284,9 @@ static void FN(unpack_o)(mha_tile *t, const REAL *inverse)
 
 static FN(shape) FN(queries_shape)(const mha_problem *p)
 {
-    return (FN(shape)){
-        .q_panel = (p->n.head_dim + VLEN) * LANES, /* room for whole transposes */
-        .s = MHA_KEY_BLOCK * LANES,
-        .o = (p->n.head_dim_v + VLEN) * LANES,
-    };
+    return (FN(shape)){.q_panel = (p->n.head_dim + VLEN) * LANES, /* room for whole transposes */
+                       .s = MHA_KEY_BLOCK * LANES,
+                       .o = (p->n.head_dim_v + VLEN) * LANES};
 }
 
 static size_t FN(queries_tile_bytes)(const mha_problem *p)

@@ -66,10 +66,7 @@ static ALWAYS_INLINE vec FN(load_up_to)(const char *p, int n, int dtype)
     return n == VLEN ? FN(load_as)(p, dtype) : FN(load_n_as)(p, n, dtype);
 }
 
-static ALWAYS_INLINE idx FN(size_of)(int dtype)
-{
-    return dtype == DTYPE ? sizeof(REAL) : 2;
-}
+static ALWAYS_INLINE idx FN(size_of)(int dtype) { return dtype == DTYPE ? sizeof(REAL) : 2; }
 
 /* One piece of at most VLEN keys by VLEN dims; both constants where they are VLEN. */
 static ALWAYS_INLINE void FN(copy_piece)(REAL *copy, idx cols, const char *src, idx stride,
@@ -126,8 +123,7 @@ static mha_rows FN(block_rows)(const mha_tile *t, const mha_array *a, const char
     const int columns = !half && reader & FN(TAKES_COLUMNS) && a->row_bytes == size;
     if (numbers && (a->col_bytes == size || columns || reader & FN(TAKES_NUMBERS)))
         return (mha_rows){block, a->row_bytes / size, a->col_bytes / size, a->dtype};
-    const int begin = t->block.segment[0].begin,
-              end = t->block.segment[t->block.num_segments - 1].end;
+    const int begin = t->block.first, end = t->block.last;
     const mha_rows rows = {copy, cols, 1, DTYPE};
     if (a->row_bytes == size && a->dtype != MHA_BOOL && (half || a->dtype == DTYPE)) {
         FN(copy_columns)(copy, block, a, cols, begin, end);

@@ -123,8 +123,7 @@ static void FN(finish_sums)(const mha_tile *t, REAL *inverse)
 /* Are the visible values of the block finite? 0 * x is NaN where x is not. */
 static int FN(values_finite)(const mha_tile *t)
 {
-    const int begin = t->block.segment[0].begin,
-              end = t->block.segment[t->block.num_segments - 1].end;
+    const int begin = t->block.first, end = t->block.last;
     const mha_rows *v = &t->block.v;
     const idx dim = t->problem->n.head_dim_v, size = FN(size_of)(v->dtype);
     const vec zero = v_set1(0);

@@ -28,8 +28,7 @@ static int FN(is_shared)(const mha_tile *t, int n)
 static int FN(trim_to_shared)(mha_tile *t, int n)
 {
     const mha_array *term = &t->problem->scoring.terms[n];
-    const int begin = t->block.segment[0].begin,
-              end = t->block.segment[t->block.num_segments - 1].end;
+    const int begin = t->block.first, end = t->block.last;
     REAL *row = t->strip;
     int first = 0, last = end - begin;
     FN(read_row)(row, t->row.term[n][0] + (t->block.first_key + begin) * term->col_bytes,

@@ -1,20 +1,11 @@
 /* Geometry of tiles and blocks: which rows, which keys. No arithmetic on elements here. */
 #include "mha.h"
 
-static idx min(idx a, idx b)
-{
-    return a < b ? a : b;
-}
+static idx min(idx a, idx b) { return a < b ? a : b; }
 
-static idx max(idx a, idx b)
-{
-    return a > b ? a : b;
-}
+static idx max(idx a, idx b) { return a > b ? a : b; }
 
-static idx clamp(idx x, idx low, idx high)
-{
-    return min(max(x, low), high);
-}
+static idx clamp(idx x, idx low, idx high) { return min(max(x, low), high); }
 
 /* Every structural mask is this interval: the keys [lo, hi) that the query at `position` sees. */
 static void span(const mha_problem *p, idx position, idx length, idx *lo, idx *hi)
@@ -35,15 +26,16 @@ idx mha_tile_count(const mha_problem *p, int lanes)
     return p->n.batch * p->n.kv_heads * tiles_per_head(p, lanes);
 }
 
-/* Byte offset of batch entry `batch` in an array, by its broadcast strides. */
+/* Byte offset of batch entry `batch` in an array, by its broadcast strides. One batch axis, the
+ * common case, takes no division. */
 static idx batch_offset(const mha_sizes *n, const mha_array *a, idx batch)
 {
     idx offset = 0;
-    for (int axis = n->batch_axes - 1; axis >= 0; axis--) {
+    for (int axis = n->batch_axes - 1; axis > 0; axis--) {
         offset += batch % n->batch_shape[axis] * a->batch_bytes[axis];
         batch /= n->batch_shape[axis];
     }
-    return offset;
+    return n->batch_axes > 0 ? offset + batch * a->batch_bytes[0] : 0;
 }
 
 static idx integer_of(const mha_sizes *n, const mha_array *a, idx batch, idx otherwise)
@@ -164,15 +156,16 @@ void mha_tile_begin(mha_tile *t, const mha_job *job, idx task, int lanes, int vl
  * that set is a contiguous run of vectors. */
 static void cut_segments(mha_tile *t)
 {
-    int position = MHA_KEY_BLOCK, end = 0;
+    t->block.first = MHA_KEY_BLOCK;
+    t->block.last = 0;
     for (int g = 0; g < t->vectors; g++)
         if (t->block.begin[g] < t->block.end[g]) {
-            position = (int)min(position, t->block.begin[g]);
-            end = (int)max(end, t->block.end[g]);
+            t->block.first = (int)min(t->block.first, t->block.begin[g]);
+            t->block.last = (int)max(t->block.last, t->block.end[g]);
         }
     t->block.num_segments = 0;
-    while (position < end) {
-        mha_segment s = {position, end, t->vectors, 0};
+    for (int position = t->block.first; position < t->block.last;) {
+        mha_segment s = {position, t->block.last, t->vectors, 0};
         for (int g = 0; g < t->vectors; g++) {
             if (t->block.begin[g] > position && t->block.begin[g] < t->block.end[g])
                 s.end = (int)min(s.end, t->block.begin[g]);
@@ -221,12 +214,20 @@ int mha_tile_trim(mha_tile *t, int begin, int end)
     return t->block.num_segments > 0;
 }
 
-/* Ask for `rows` rows of `cols` columns of an array, from `row` on. */
+/* Set out to fetch `rows` rows of `cols` columns of an array, from `row` on. */
 static void add_stream(mha_tile *t, const mha_array *a, const char *row, idx rows, idx cols)
 {
     const idx bytes = cols * a->col_bytes;
     if (rows > 0 && bytes > 0 && a->col_bytes <= MHA_DENSE)
         t->ahead.stream[t->ahead.num++] = (mha_stream){row, a->row_bytes, rows, bytes};
+}
+
+/* The same for the rows of a place, where each is a query of its own. */
+static void add_rows_of(mha_tile *t, const mha_place *at, const mha_array *a, idx cols)
+{
+    const char *head =
+        a->data + batch_offset(&t->problem->n, a, at->batch) + at->kv_head * a->head_bytes;
+    add_stream(t, a, head + at->first_row * a->row_bytes, at->rows, cols);
 }
 
 /* The next task's Q and out, and its first keys and values where they are another head's. No
@@ -240,13 +241,9 @@ void mha_tile_look_ahead(mha_tile *t, int lanes)
         return;
     const mha_place next = mha_place_of(p, t->next_task, lanes);
     const idx keys = min(n->seqlen_k, MHA_KEY_BLOCK);
-    const mha_array *q_and_out[] = {&t->job->results.out, &p->q};
-    for (int i = 0; i < 2 && n->group_size == 1; i++) {
-        const mha_array *a = q_and_out[i];
-        add_stream(t, a,
-                   a->data + batch_offset(n, a, next.batch) + next.kv_head * a->head_bytes +
-                       next.first_row * a->row_bytes,
-                   next.rows, i == 0 ? n->head_dim_v : n->head_dim);
+    if (n->group_size == 1) {
+        add_rows_of(t, &next, &t->job->results.out, n->head_dim_v);
+        add_rows_of(t, &next, &p->q, n->head_dim);
     }
     if (next.v != t->place.v)
         add_stream(t, &p->v, next.v, keys, n->head_dim_v);

@@ -33,10 +33,7 @@ static workspace *get(void)
     return FlsGetValue(key);
 }
 
-static int set(workspace *w)
-{
-    return FlsSetValue(key, w);
-}
+static int set(workspace *w) { return FlsSetValue(key, w); }
 #else
 #include <pthread.h>
 static pthread_key_t key;
@@ -49,10 +46,7 @@ static void release(void *w)
     free(w);
 }
 
-static void create_key(void)
-{
-    have_key = pthread_key_create(&key, release) == 0;
-}
+static void create_key(void) { have_key = pthread_key_create(&key, release) == 0; }
 
 static workspace *get(void)
 {
@@ -60,10 +54,7 @@ static workspace *get(void)
     return have_key ? pthread_getspecific(key) : NULL;
 }
 
-static int set(workspace *w)
-{
-    return have_key && pthread_setspecific(key, w) == 0;
-}
+static int set(workspace *w) { return have_key && pthread_setspecific(key, w) == 0; }
 #endif
 
 void *mha_workspace(size_t bytes)

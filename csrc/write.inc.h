@@ -8,16 +8,19 @@ static ALWAYS_INLINE vec FN(weights_of)(vec s, vec m, vec inverse)
     return v_if_equal(s, minus_inf, zero, v_mul(FN(exp2_vec)(v_sub(s, m)), inverse));
 }
 
-/* S^T of keys j to j + n - 1 of one vector of rows, to the rows that are wanted. */
-static ALWAYS_INLINE void FN(write_chunk)(const REAL *s, const REAL *m, const REAL *inverse,
+/* S^T of keys j to j + n - 1 of one vector of rows, as `stage` says, to the rows that are wanted.
+ * sums: m and 1 / l of each row. */
+static ALWAYS_INLINE void FN(write_chunk)(int stage, const REAL *s, REAL (*sums)[VLEN],
                                           const REAL *addend, REAL *const *row, int j, int n)
 {
     vec v[VLEN];
     EACH (c, VLEN) {
-        const vec x = v_load(s + (c < n ? c : 0) * LANES);
-        v[c] = m        ? FN(weights_of)(x, v_load(m), v_load(inverse))
-               : addend ? v_add(x, v_set1(addend[c < n ? c : 0]))
-                        : x;
+        const int key = j + (c < n ? c : 0);
+        v[c] = v_load(s + key * LANES);
+        if (stage == MHA_WEIGHTS)
+            v[c] = FN(weights_of)(v[c], v_load(sums[0]), v_load(sums[1]));
+        else if (addend)
+            v[c] = v_add(v[c], v_set1(addend[key]));
     }
     v_transpose(v);
     EACH (i, VLEN)
@@ -64,21 +67,18 @@ static void FN(queries_write_scores)(mha_tile *t)
     for (int g = 0; g < t->vectors; g++) {
         const int end = t->block.end[g], live = t->place.rows - g * VLEN;
         const REAL *s = (const REAL *)t->block.s + g * VLEN;
-        REAL m[VLEN] = {0}, inverse[VLEN] = {0}, *row[VLEN];
+        REAL sums[2][VLEN] = {0}, *row[VLEN];
         for (int i = 0; i < VLEN; i++) {
             const int lane = g * VLEN + i;
             row[i] = FN(target)(t, g, lane, (REAL *)t->strip + i * MHA_KEY_BLOCK);
             if (out->stage == MHA_WEIGHTS && i < live) {
-                m[i] = ((const REAL *)t->row.sums[lane])[0];
-                inverse[i] = ((const REAL *)t->row.sums[lane])[1];
+                sums[0][i] = ((const REAL *)t->row.sums[lane])[0];
+                sums[1][i] = ((const REAL *)t->row.sums[lane])[1];
             }
         }
         for (int j = t->block.begin[g]; j < end; j += VLEN) {
             const int n = end - j < VLEN ? end - j : VLEN;
-            if (out->stage == MHA_WEIGHTS)
-                FN(write_chunk)(s + j * LANES, m, inverse, NULL, row, j, n);
-            else
-                FN(write_chunk)(s + j * LANES, NULL, NULL, addend ? addend + j : NULL, row, j, n);
+            FN(write_chunk)(out->stage, s, sums, addend, row, j, n);
         }
         for (int i = 0; i < VLEN && i < live; i++)
             FN(convert)(t, g * VLEN + i, row[i]);

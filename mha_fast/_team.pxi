@@ -142,7 +142,7 @@ cdef int carry_out(const mha_job *job, const mha_kernels *kernels, task_function
 cdef int reserve_records(call_state *call) except -1:
     if call.plan.bytes == 0:
         return 0
-    if call.plan.bytes < PY_SSIZE_T_MAX:
+    if call.plan.bytes < <double>PY_SSIZE_T_MAX:
         call.records = <char *>malloc(<size_t>call.plan.bytes)
     call.missing = <int64_t *>malloc(call.plan.tiles * sizeof(int64_t))
     if call.records == NULL or call.missing == NULL:
