@@ -107,7 +107,7 @@ static ALWAYS_INLINE void FN(keys_value_chunk)(const mha_tile *t, const FN(produ
             for (idx at = 0; at < nv * VLEN * size; at += 64)
                 PREFETCH(line + at);
     }
-    FN(product_tile)(&p, 0, rows, nv, FN(ADD), dtype, NULL);
+    FN(product_tile)(&p, 0, rows, nv, FN(ADD), dtype);
 }
 
 /* The same for one row and n <= VLEN head dims: the last ones, and all where V holds an Inf or
@@ -209,7 +209,8 @@ static FN(shape) FN(keys_shape)(const mha_problem *p)
 
 static size_t FN(keys_tile_bytes)(const mha_problem *p)
 {
-    return FN(lay_out)(NULL, p, FN(keys_shape)(p));
+    FN(buffer) table[FN(BUFFERS)];
+    return FN(lay_out)(p, FN(keys_shape)(p), table);
 }
 
 static size_t FN(keys_state_bytes)(const mha_problem *p)

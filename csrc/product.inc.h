@@ -12,11 +12,13 @@ typedef struct {
     idx depth;
     REAL *c;
     idx c_row;
-    const REAL *old_factor, *new_factor; /* of MERGE: one a column, in memory, since in registers */
-} FN(product);                           /* they would displace the operands of the loop */
+    /* One a column, in memory: in registers they would displace the operands of the loop. */
+    REAL *max;
+    const REAL *old_factor, *new_factor;
+} FN(product);
 
-/* What becomes of a register tile: c = A B and its maximum; c += A B, carrying on c's chains;
- * c = c * old_factor + A B * new_factor. */
+/* What becomes of a register tile: c = A B, and `max` takes it in; c += A B, carrying on c's
+ * chains; c = c * old_factor + A B * new_factor. */
 enum { FN(STORE_MAX), FN(ADD), FN(MERGE) };
 
 /* acc[i * nv + v] += A B of `rows` rows by nv vectors. b is of `dtype`, all else of the compute
@@ -39,16 +41,18 @@ static ALWAYS_INLINE void FN(multiply)(vec *acc, const FN(product) * p, idx row,
     }
 }
 
-/* One register tile. `best`: the maximum of each column, where it is asked for. */
+/* One register tile. */
 static ALWAYS_INLINE void FN(product_tile)(const FN(product) * p, idx row, int rows, int nv,
-                                           int ending, int dtype, vec *best)
+                                           int ending, int dtype)
 {
-    vec acc[8 * NV];
+    vec acc[8 * NV], max[NV];
     REAL *c = p->c + row * p->c_row;
     EACH (i, rows)
         EACH (v, nv)
             acc[i * nv + v] = ending == FN(ADD) ? v_load(c + i * p->c_row + v * VLEN) : v_set1(0);
     FN(multiply)(acc, p, row, rows, nv, dtype);
+    EACH (v, nv * (ending == FN(STORE_MAX)))
+        max[v] = v_load(p->max + v * VLEN);
     EACH (i, rows)
         EACH (v, nv) {
             REAL *to = c + i * p->c_row + v * VLEN;
@@ -58,20 +62,22 @@ static ALWAYS_INLINE void FN(product_tile)(const FN(product) * p, idx row, int r
                           v_mul(x, v_load(p->new_factor + v * VLEN)));
             v_store(to, x);
             if (ending == FN(STORE_MAX))
-                best[v] = v_max(x, best[v]);
+                max[v] = v_max(x, max[v]);
         }
+    EACH (v, nv * (ending == FN(STORE_MAX)))
+        v_store(p->max + v * VLEN, max[v]);
 }
 
 /* Rows [row, end) of C by nv vectors; what comes next is fetched between register tiles. */
 static ALWAYS_INLINE void FN(product_rows)(mha_tile *t, const FN(product) * p, idx row, idx end,
-                                           int nv, int ending, vec *best)
+                                           int nv, int ending)
 {
     for (; row + ROWS(nv) <= end; row += ROWS(nv)) {
-        FN(product_tile)(p, row, ROWS(nv), nv, ending, DTYPE, best);
+        FN(product_tile)(p, row, ROWS(nv), nv, ending, DTYPE);
         FN(fetch_ahead)(t);
     }
     for (; row + 2 <= end; row += 2)
-        FN(product_tile)(p, row, 2, nv, ending, DTYPE, best);
+        FN(product_tile)(p, row, 2, nv, ending, DTYPE);
     if (row < end)
-        FN(product_tile)(p, row, 1, nv, ending, DTYPE, best);
+        FN(product_tile)(p, row, 1, nv, ending, DTYPE);
 }

@@ -28,14 +28,9 @@ static ALWAYS_INLINE void FN(score_segment)(mha_tile *t, const mha_segment *seg,
                            .b_depth = LANES,
                            .depth = t->problem->n.head_dim,
                            .c = (REAL *)t->block.s + lane,
-                           .c_row = LANES};
-    REAL *m = (REAL *)t->block.m + lane;
-    vec best[NV];
-    EACH (v, nv)
-        best[v] = v_load(m + v * VLEN);
-    FN(product_rows)(t, &p, seg->begin, seg->end, nv, FN(STORE_MAX), best);
-    EACH (v, nv)
-        v_store(m + v * VLEN, best[v]);
+                           .c_row = LANES,
+                           .max = (REAL *)t->block.m + lane};
+    FN(product_rows)(t, &p, seg->begin, seg->end, nv, FN(STORE_MAX));
 }
 
 /* Scores of keys j to j + n - 1 from their products, for VLEN rows; keys count from the first that
@@ -172,7 +167,7 @@ static ALWAYS_INLINE void FN(value_segment)(mha_tile *t, const mha_segment *seg,
         .old_factor = (const REAL *)t->a + lane,
         .new_factor = (const REAL *)t->b + lane,
     };
-    FN(product_rows)(t, &p, 0, t->problem->n.head_dim_v, nv, ending, NULL);
+    FN(product_rows)(t, &p, 0, t->problem->n.head_dim_v, nv, ending);
 }
 
 /* The same for a block where some lane may not see some key and V holds an Inf or NaN: 0 * Inf is
@@ -291,7 +286,8 @@ static FN(shape) FN(queries_shape)(const mha_problem *p)
 
 static size_t FN(queries_tile_bytes)(const mha_problem *p)
 {
-    return FN(lay_out)(NULL, p, FN(queries_shape)(p));
+    FN(buffer) table[FN(BUFFERS)];
+    return FN(lay_out)(p, FN(queries_shape)(p), table);
 }
 
 static size_t FN(queries_state_bytes)(const mha_problem *p)

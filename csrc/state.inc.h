@@ -40,9 +40,15 @@ static void FN(save)(mha_tile *t, void *record)
     FN(reset)(t);
 }
 
-/* The one table of a tile's buffers: bytes they take behind the tile, where t is NULL; else t's
- * buffers are set too. */
-static size_t FN(lay_out)(mha_tile *t, const mha_problem *p, FN(shape) shape)
+/* A buffer of a tile: the offset of its pointer in mha_tile, and of the buffer itself behind it. */
+typedef struct {
+    size_t pointer, at;
+} FN(buffer);
+
+enum { FN(BUFFERS) = 12 };
+
+/* The one table of a tile's buffers. Returns the bytes of all, tile included. */
+static size_t FN(lay_out)(const mha_problem *p, FN(shape) shape, FN(buffer) table[FN(BUFFERS)])
 {
     const idx dim = p->n.head_dim, dim_v = p->n.head_dim_v, wide = dim > dim_v ? dim : dim_v;
     const idx terms = MHA_MAX_TERMS * MHA_KEY_BLOCK;
@@ -50,7 +56,7 @@ static size_t FN(lay_out)(mha_tile *t, const mha_problem *p, FN(shape) shape)
     const struct {
         size_t pointer;
         idx elements;
-    } buffers[] = {
+    } buffers[FN(BUFFERS)] = {
         {offsetof(mha_tile, state.m), state},
         {offsetof(mha_tile, state.total), state},
         {offsetof(mha_tile, block.m), LANES},
@@ -65,9 +71,8 @@ static size_t FN(lay_out)(mha_tile *t, const mha_problem *p, FN(shape) shape)
         {offsetof(mha_tile, strip), VLEN * (wide > terms ? wide : terms)},
     };
     size_t at = FN(whole_lines)(sizeof(mha_tile));
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) {
-        if (t)
-            *(void **)((char *)t + buffers[i].pointer) = (char *)t + at;
+    for (int i = 0; i < FN(BUFFERS); i++) {
+        table[i] = (FN(buffer)){buffers[i].pointer, at};
         at += FN(whole_lines)(sizeof(REAL) * (size_t)buffers[i].elements);
     }
     return at;
@@ -76,10 +81,12 @@ static size_t FN(lay_out)(mha_tile *t, const mha_problem *p, FN(shape) shape)
 /* Take the tile and its buffers from this thread's workspace. */
 static mha_tile *FN(open_tile)(const mha_job *job, idx task, FN(shape) shape)
 {
-    mha_tile *t = mha_workspace(FN(lay_out)(NULL, job->problem, shape));
+    FN(buffer) table[FN(BUFFERS)];
+    mha_tile *t = mha_workspace(FN(lay_out)(job->problem, shape, table));
     if (!t)
         return NULL;
-    FN(lay_out)(t, job->problem, shape);
+    for (int i = 0; i < FN(BUFFERS); i++)
+        *(void **)((char *)t + table[i].pointer) = (char *)t + table[i].at;
     FN(state) *state = t->state.m;
     t->state.l = state->l;
     t->state.o = state->o;

@@ -85,13 +85,15 @@ cdef struct call_state:
     const mha_kernels *kernels
     task_function task
     Plan plan
-    int64_t next_task
-    int64_t out_of_memory   # how many threads were
-    int64_t interrupted
     # Only where the results of split keys merge:
     idx wave_begin          # first block of the wave at hand
     char *records
     int64_t *missing        # [tiles] chunks not yet done
+    # What threads write stands a cache line apart from what they read all the time.
+    char apart[64]
+    int64_t next_task
+    int64_t out_of_memory   # how many threads were
+    int64_t interrupted
 
 
 cdef double call_end = 0            # when the last call that was worth two threads ended
