@@ -3,8 +3,12 @@
  *
  * Canonical arithmetic. These rules alone decide the bits of a row; tile shape, lane, thread,
  * ISA, memory layout and batch do not enter:
- *   1. q is multiplied by scale * log2(e), rounded; a score is one FMA chain over head_dim from 0.
- *   2. Each mask or bias term: s = fma(term, log2(e), s), not below -LARGEST; hidden: s = -inf.
+ *   1. q is multiplied by scale * log2(e), rounded; a product is one FMA chain over head_dim from
+ * 0.
+ *   2. A score s is the product, and then, where asked for: softcap * log2(e) * tanh(s / softcap),
+ * for which q is multiplied by 2 * scale * log2(e) / softcap instead; fma(-slope * log2(e),
+ * distance, s) of the positions; for each mask or bias term fma(term, log2(e), s), not below
+ * -LARGEST. Hidden: s = -inf.
  *   3. Keys go in blocks of MHA_KEY_BLOCK, aligned to key 0. Each block stands alone: its max m',
  *      p = exp2(s - m') with one fixed polynomial, its sum l' and its weighted sum o', both chains
  *      from 0 in key order. A hidden key adds exact zeros, whether it is visited or not.
@@ -12,8 +16,12 @@
  *      l = fma(l, a, l' * b) and o = fma(o, a, o' * b). After MHA_RUN blocks, counted from key 0,
  *      the total of the runs before merges into the run by the same formula: that is the new
  *      total, and a new run starts. A run that sees nothing changes nothing.
- *   5. out = fma(o, 1 / l, +0), or 0 where l is 0. A weight is exp2(s - m) * (1 / l), 0 if hidden.
- *   6. A linear layer's output is such a score, of scale 1, plus its bias.
+ *   5. A sink merges after all blocks like one of m' = sink * log2(e), l' = 1, o' = 0, but o's
+ * factor a waits: out = fma(o, 1 / l * a, +0), or 0 where l is 0. A weight is exp2(s - m) * (1 /
+ * l), 0 if hidden.
+ *   6. With dropout, p of rule 3 becomes +0 where drop.inc.h says so, after the sum was taken, and
+ *      o's factor is multiplied by 1 / (share that is kept).
+ *   7. A linear layer's output is such a score, of scale 1, plus its bias.
  */
 #include <float.h>
 
@@ -31,6 +39,7 @@
 #include "score.inc.h"
 #include "state.inc.h"
 #include "product.inc.h"
+#include "drop.inc.h"
 #include "queries_in_lanes.inc.h"
 #include "key_panels.inc.h"
 #include "keys_in_lanes.inc.h"
@@ -67,5 +76,7 @@ static const mha_kernel FN(keys_in_lanes) = {
     FN(keys_write_scores),
 };
 
-static const mha_probe FN(probe) = {FN(exp2_array), FN(fma_chain), FN(read_all)};
+static const mha_probe FN(probe) = {
+    FN(exp2_array), FN(fma_chain), FN(read_all), FN(tanh_array), FN(threefry_words),
+};
 static const mha_kernels FN(kernels) = {&FN(queries_in_lanes), &FN(keys_in_lanes), &FN(probe)};

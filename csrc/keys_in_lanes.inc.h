@@ -73,6 +73,21 @@ static int FN(keys_scores)(mha_tile *t, idx block)
     return 1;
 }
 
+static void FN(keys_drop)(mha_tile *t)
+{
+    REAL half[FN(PER_DRAW)][FN(DRAWS) * VLEN];
+    const REAL threshold = (REAL)t->problem->weighing.threshold;
+    const int begin = t->block.begin[0], end = t->block.end[0];
+    const int first = begin / FN(PER_DRAW) * FN(PER_DRAW);
+    for (int row = 0; row < t->place.rows; row++) {
+        REAL *s = (REAL *)t->block.s + row * SCORE_ROW;
+        FN(draw)(t, row, 1, first, (end - first + FN(PER_DRAW) - 1) / FN(PER_DRAW), half);
+        for (int j = begin; j < end; j++)
+            if (half[j % FN(PER_DRAW)][(j - first) / FN(PER_DRAW)] < threshold && s[j] != 0)
+                s[j] = 0;
+    }
+}
+
 static void FN(keys_softmax)(mha_tile *t)
 {
     const vec minus_inf = v_set1(-(REAL)INFINITY), minus_zero = v_set1((REAL)-0.0);
@@ -91,6 +106,8 @@ static void FN(keys_softmax)(mha_tile *t)
             sum += s[j];
         ((REAL *)t->block.l)[row] = sum;
     }
+    if (t->problem->weighing.threshold)
+        FN(keys_drop)(t);
 }
 
 /* O += P V for `rows` queries and nv vectors of head dims from d on. */

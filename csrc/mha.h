@@ -90,12 +90,22 @@ typedef struct {
     idx left, right;
 } mha_spans;
 
-/* How a product becomes a score, in this order. */
+/* How a product becomes a score, in this order. Scores are exponents of 2, so scale, softcap and
+ * slopes include log2(e). */
 typedef struct {
-    double scale;                   /* of q; with log2(e) where scores are exponents of 2 */
+    double scale;                   /* of q; with a softcap, in half units of it: see tanh_vec */
+    double softcap;                 /* 0: none */
+    mha_array slopes;               /* (heads), in the compute dtype: ALiBi */
     mha_array terms[MHA_MAX_TERMS]; /* mask and bias, both added */
     int num_terms;
 } mha_scoring;
+
+/* What happens once scores are known. */
+typedef struct {
+    mha_array sinks; /* (heads), in the compute dtype: logits of the denominator, without a value */
+    uint32_t threshold; /* of 2^16 weights that are dropped; 0: none */
+    uint32_t seed[2];
+} mha_weighing;
 
 /* The question, shared by every kind of answer. */
 typedef struct {
@@ -103,6 +113,7 @@ typedef struct {
     mha_array q, k, v;
     mha_spans spans;
     mha_scoring scoring;
+    mha_weighing weighing;
 } mha_problem;
 
 /* sums: m and 1 / l of each row, in the compute dtype, from which a second pass has the weights. */
@@ -133,7 +144,8 @@ typedef struct {
     idx batch, kv_head, first_row;
     int rows;
     idx length, offset;
-    const char *k, *v; /* of this batch row and KV head */
+    const char *k, *v;          /* of this batch row and KV head */
+    const char *slopes, *sinks; /* of this batch row, NULL: none */
 } mha_place;
 
 /* Of a vector: keys [begin, end) are seen by one of its rows at least, [all_begin, all_end) by all.
@@ -234,6 +246,8 @@ typedef struct {
     void (*exp2)(const void *x, void *y, idx n);    /* the exponential by itself */
     double (*fma_chain)(idx rounds, double *flops); /* FMA peak */
     double (*read_all)(const void *x, idx n);       /* read bandwidth */
+    void (*tanh)(const void *z, void *y, idx n);    /* of z = 2 log2(e) x */
+    void (*threefry)(uint32_t words[4], const uint32_t key[4]);
 } mha_probe;
 
 typedef struct {

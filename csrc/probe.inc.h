@@ -11,6 +11,19 @@ static void FN(exp2_array)(const void *x, void *y, idx n)
     }
 }
 
+static void FN(tanh_array)(const void *z, void *y, idx n)
+{
+    for (idx i = 0; i < n; i += VLEN) {
+        const int live = n - i < VLEN ? (int)(n - i) : VLEN;
+        v_store_n((REAL *)y + i, FN(tanh_vec)(v_load_n((const REAL *)z + i, live)), live);
+    }
+}
+
+static void FN(threefry_words)(uint32_t words[4], const uint32_t key[4])
+{
+    FN(threefry)(words, key);
+}
+
 /* Independent chains of FMA, as many as hide its latency; the result keeps them alive. */
 static double FN(fma_chain)(idx rounds, double *flops)
 {

@@ -119,9 +119,27 @@ static int FN(queries_scores)(mha_tile *t, idx block)
         const mha_segment *seg = &t->block.segment[n];
         BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
     }
-    if (t->block.num_mixed || t->block.hides)
+    if (FN(scores_change)(t))
         FN(score_vectors)(t);
     return 1;
+}
+
+/* Drop weights of the block at hand, after their sum was taken. A weight that is zero stays: by its
+ * sign, -0 tells that the key is hidden. */
+static void FN(queries_drop)(mha_tile *t)
+{
+    REAL half[FN(PER_DRAW)][FN(DRAWS) * VLEN];
+    const vec zero = v_set1(0), threshold = v_set1((REAL)t->problem->weighing.threshold);
+    for (int g = 0; g < t->vectors; g++) {
+        const int first = t->block.begin[g] / FN(PER_DRAW) * FN(PER_DRAW), end = t->block.end[g];
+        REAL *s = (REAL *)t->block.s + g * VLEN;
+        FN(draw)(t, g * VLEN, VLEN, first, (end - first + FN(PER_DRAW) - 1) / FN(PER_DRAW), half);
+        for (int j = t->block.begin[g]; j < end; j++) {
+            const REAL *h = half[j % FN(PER_DRAW)] + (j - first) / FN(PER_DRAW) * VLEN;
+            const vec p = v_load(s + j * LANES), dropped = v_if_equal(p, zero, p, zero);
+            v_store(s + j * LANES, v_if_less(v_load(h), threshold, dropped, p));
+        }
+    }
 }
 
 /* S -> P in place, and the block's row sums. A hidden key becomes -0: it adds nothing to any sum,
@@ -147,6 +165,8 @@ static void FN(queries_softmax)(mha_tile *t)
             }
         v_store((REAL *)t->block.l + g * VLEN, sum);
     }
+    if (t->problem->weighing.threshold)
+        FN(queries_drop)(t);
 }
 
 /* O^T (+)= V^T P^T of one segment: rows are head dims. Merged into o at once where the segment is

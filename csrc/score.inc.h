@@ -4,8 +4,11 @@
 
 /* What rows bring along to meet a key. Keys count from the start of the block. */
 typedef struct {
-    vec lo, hi;                            /* the spans of the rows, where bounded */
-    int bounded;                           /* some row does not see some key */
+    vec lo, hi;          /* the spans of the rows, where bounded */
+    vec slope, position; /* of the rows, where sloped */
+    vec softcap;         /* where capped */
+    int bounded;         /* some row does not see some key */
+    int sloped, capped;
     int shared[MHA_MAX_TERMS];             /* a term has one row for all queries */
     const REAL *term[MHA_MAX_TERMS][VLEN]; /* rows of the mixed terms */
 } FN(rule);
@@ -23,6 +26,20 @@ static void FN(span)(const mha_tile *t, int lane, REAL *lo, REAL *hi)
     *hi = (REAL)(b < 0 ? 0 : b < MHA_KEY_BLOCK ? b : MHA_KEY_BLOCK);
 }
 
+static void FN(set_slopes)(FN(rule) * rule, const mha_tile *t, int lane, int rows)
+{
+    REAL slope[VLEN] = {0}, position[VLEN] = {0};
+    rule->sloped = t->place.slopes != NULL;
+    for (int i = 0; i < VLEN && rule->sloped; i++) {
+        const int of = rows == 1 ? lane : lane + i;
+        const idx at = t->row.head[of] * t->problem->scoring.slopes.head_bytes;
+        slope[i] = *(const REAL *)(t->place.slopes + at) * -(REAL)LOG2_E;
+        position[i] = (REAL)(t->row.query[of] + t->place.offset - t->block.first_key);
+    }
+    rule->slope = v_load(slope);
+    rule->position = v_load(position);
+}
+
 /* The rule of VLEN rows from `lane` on, or of that one row in all lanes. */
 static FN(rule) FN(rule_of)(const mha_tile *t, int lane, int rows)
 {
@@ -31,6 +48,9 @@ static FN(rule) FN(rule_of)(const mha_tile *t, int lane, int rows)
     for (int i = 0; i < VLEN && t->block.hides; i++)
         FN(span)(t, rows == 1 ? lane : lane + i, &lo[i], &hi[i]);
     rule.bounded = t->block.hides;
+    rule.capped = t->problem->scoring.softcap != 0;
+    rule.softcap = v_set1((REAL)t->problem->scoring.softcap);
+    FN(set_slopes)(&rule, t, lane, rows);
     rule.lo = v_load(lo);
     rule.hi = v_load(hi);
     for (int n = 0; n < t->block.num_mixed; n++) {
@@ -48,7 +68,10 @@ static ALWAYS_INLINE vec FN(score)(const FN(rule) * rule, vec s, vec key, const 
                                    int num_terms, FN(found) * found)
 {
     const vec minus_inf = v_set1(-(REAL)INFINITY);
-    /* Here stands what bends a product (a softcap), then what goes by positions (ALiBi). */
+    if (rule->capped)
+        s = v_mul(rule->softcap, FN(tanh_vec)(s));
+    if (rule->sloped)
+        s = v_fma(rule->slope, v_max(v_sub(key, rule->position), v_sub(rule->position, key)), s);
     EACH (n, num_terms) {
         const vec sum = v_max(v_set1(-LARGEST), v_fma(term[n], v_set1((REAL)LOG2_E), s));
         s = v_if_equal(s, minus_inf, s, v_if_equal(term[n], minus_inf, minus_inf, sum));
@@ -58,6 +81,13 @@ static ALWAYS_INLINE vec FN(score)(const FN(rule) * rule, vec s, vec key, const 
     found->best = v_max(s, found->best);
     found->hidden = v_if_equal(s, minus_inf, v_set1(1), found->hidden);
     return s;
+}
+
+/* Does a block need this stage at all? Else its products are its scores. */
+static int FN(scores_change)(const mha_tile *t)
+{
+    return t->block.num_mixed || t->block.hides || t->problem->scoring.softcap != 0 ||
+           t->place.slopes;
 }
 
 /* Call f with a constant number of terms. */

@@ -109,17 +109,37 @@ static void FN(merge_sums)(mha_tile *t, const REAL *m_block, const REAL *l_block
     }
 }
 
-/* 1 / l of each lane, 0 where the row saw nothing; writes the lse and the sums where wanted. */
-static void FN(finish_sums)(const mha_tile *t, REAL *inverse)
+/* A sink merges like a block of one key that has no value. */
+static void FN(merge_sinks)(mha_tile *t)
 {
+    REAL *m = t->block.m, *l = t->block.l;
+    for (int i = 0; i < t->lanes; i++) {
+        const idx at = t->row.head[i] * t->problem->weighing.sinks.head_bytes;
+        m[i] = *(const REAL *)(t->place.sinks + at) * (REAL)LOG2_E;
+        l[i] = 1;
+    }
+    FN(merge_sums)(t, m, l, t->vectors);
+}
+
+/* What o is multiplied by for out, 0 where the row saw nothing; writes the lse and the sums where
+ * wanted. */
+static void FN(finish_sums)(mha_tile *t, REAL *factor)
+{
+    const double drawn = 1 << 16, kept = drawn - t->problem->weighing.threshold;
     const REAL *m = t->state.m, *l = t->state.l;
+    if (t->place.sinks)
+        FN(merge_sinks)(t);
     for (int i = 0; i < t->place.rows; i++) {
-        inverse[i] = l[i] == 0 ? 0 : 1 / l[i];
+        factor[i] = l[i] == 0 ? 0 : 1 / l[i];
         if (t->row.sums[i]) {
             REAL *sums = (REAL *)t->row.sums[i];
             sums[0] = m[i];
-            sums[1] = inverse[i];
+            sums[1] = factor[i];
         }
+        if (t->place.sinks)
+            factor[i] *= ((const REAL *)t->a)[i];
+        if (t->problem->weighing.threshold)
+            factor[i] *= (REAL)(drawn / kept);
         if (t->row.lse[i]) {
             const REAL lse = (REAL)(m[i] / LOG2_E + log((double)l[i]));
             FN(write_row)(t->row.lse[i], &lse, 0, 1, DTYPE);

@@ -38,6 +38,11 @@ static idx batch_offset(const mha_sizes *n, const mha_array *a, idx batch)
     return n->batch_axes > 0 ? offset + batch * a->batch_bytes[0] : 0;
 }
 
+static const char *of_batch(const mha_sizes *n, const mha_array *a, idx batch)
+{
+    return a->data ? a->data + batch_offset(n, a, batch) : NULL;
+}
+
 static idx integer_of(const mha_sizes *n, const mha_array *a, idx batch, idx otherwise)
 {
     return a->data ? (idx) * (const int64_t *)(a->data + batch_offset(n, a, batch)) : otherwise;
@@ -56,6 +61,8 @@ mha_place mha_place_of(const mha_problem *p, idx task, int lanes)
     at.offset = integer_of(n, &p->spans.q_offset, at.batch, at.length - n->seqlen_q);
     at.k = p->k.data + batch_offset(n, &p->k, at.batch) + at.kv_head * p->k.head_bytes;
     at.v = p->v.data + batch_offset(n, &p->v, at.batch) + at.kv_head * p->v.head_bytes;
+    at.slopes = of_batch(n, &p->scoring.slopes, at.batch);
+    at.sinks = of_batch(n, &p->weighing.sinks, at.batch);
     return at;
 }
 

@@ -69,12 +69,12 @@ cdef bint describe(const mha_sizes *n, mha_array *a, cnp.ndarray array, idx head
     a.data = cnp.PyArray_BYTES(array)
     a.dtype = dtype_of(array)
     a.head_bytes = a.row_bytes = a.col_bytes = 0
+    if core >= 1 and not fit(axis(array, core), heads, stride(array, core), &a.head_bytes):
+        return False
+    if core >= 2 and not fit(axis(array, core - 1), rows, stride(array, core - 1), &a.row_bytes):
+        return False
     if core == 3 and not fit(axis(array, 1), cols, stride(array, 1), &a.col_bytes):
         return False
-    if core >= 2:
-        if not (fit(axis(array, core - 1), rows, stride(array, core - 1), &a.row_bytes)
-                and fit(axis(array, core), heads, stride(array, core), &a.head_bytes)):
-            return False
     if ndim(array) > core + n.batch_axes:
         return False
     for i in range(n.batch_axes):

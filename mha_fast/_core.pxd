@@ -1,6 +1,6 @@
 """csrc/mha.h and csrc/openmp.h as Cython sees them."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 ctypedef Py_ssize_t idx
 
@@ -52,8 +52,15 @@ cdef extern from "mha.h" nogil:
 
     ctypedef struct mha_scoring:
         double scale
+        double softcap
+        mha_array slopes
         mha_array *terms
         int num_terms
+
+    ctypedef struct mha_weighing:
+        mha_array sinks
+        uint32_t threshold
+        uint32_t *seed
 
     ctypedef struct mha_problem:
         mha_sizes n
@@ -62,6 +69,7 @@ cdef extern from "mha.h" nogil:
         mha_array v
         mha_spans spans
         mha_scoring scoring
+        mha_weighing weighing
 
     ctypedef struct mha_results:
         mha_array out
@@ -116,6 +124,8 @@ cdef extern from "mha.h" nogil:
         void (*exp2)(const void *x, void *y, idx n) noexcept nogil
         double (*fma_chain)(idx rounds, double *flops) noexcept nogil
         double (*read_all)(const void *x, idx n) noexcept nogil
+        void (*tanh)(const void *z, void *y, idx n) noexcept nogil
+        void (*threefry)(uint32_t *words, const uint32_t *key) noexcept nogil
 
     ctypedef struct mha_kernels:
         const mha_kernel *queries_in_lanes

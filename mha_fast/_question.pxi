@@ -9,6 +9,10 @@ cdef double LOG2_E = 1.4426950408889634
 # Positions and sides of windows beyond this are mistakes, and could overflow.
 FARTHEST = 2**53
 cdef int64_t farthest = FARTHEST
+# Beyond these a float32 score could leave the range of numbers on its way.
+cdef double least_softcap = 2.0 ** -64, most_softcap = 2.0 ** 64
+cdef enum:
+    ARRAYS = 9      # of a question
 cdef object np_bool = np.bool_, np_integer = np.integer, np_floating = np.floating
 
 
@@ -19,6 +23,7 @@ cdef class Question:
     """Arrays and options, and the mha_problem that they are if all of them are plain."""
     cdef mha_problem p
     cdef readonly object q, k, v, mask, bias, causal, q_offset, window, kv_lengths, scale
+    cdef readonly object softcap, sinks, alibi_slopes, dropout_p, seed
     cdef readonly bint plain
     cdef int ndim, dtype
     cdef idx heads
@@ -48,18 +53,19 @@ cdef class Question:
     cdef bint set_batch(self):
         """The batch shape, and for each array room for its strides."""
         cdef mha_problem *p = &self.p
-        cdef mha_array **arrays = [&p.q, &p.k, &p.v, &p.spans.q_offset, &p.spans.kv_lengths,
-                                   &p.scoring.terms[0], &p.scoring.terms[1]]
+        cdef mha_array **arrays = [
+            &p.q, &p.k, &p.v, &p.spans.q_offset, &p.spans.kv_lengths, &p.scoring.terms[0],
+            &p.scoring.terms[1], &p.scoring.slopes, &p.weighing.sinks]
         cdef int i, axes = max(self.ndim - 3, 0)
         p.n.batch_axes = axes
         p.n.batch = 1
         if axes == 0:
             return True
-        self.batch = <idx *>malloc((1 + 7) * axes * sizeof(idx))
+        self.batch = <idx *>malloc((1 + ARRAYS) * axes * sizeof(idx))
         if self.batch == NULL:
             raise MemoryError("no memory for the strides of arrays")
         p.n.batch_shape = self.batch
-        for i in range(7):
+        for i in range(ARRAYS):
             arrays[i].batch_bytes = self.batch + (1 + i) * axes
         for i in range(axes):
             self.batch[i] = 1
@@ -122,7 +128,38 @@ cdef class Question:
         if self.scale is not None and not number(self.scale, &scoring.scale):
             return False
         scoring.scale *= LOG2_E
+        if self.softcap is not None:
+            if not (number(self.softcap, &scoring.softcap)
+                    and least_softcap <= scoring.softcap <= most_softcap):
+                return False
+            scoring.scale *= 2 / scoring.softcap
+            scoring.softcap *= LOG2_E
+        if not self.set_per_head(&scoring.slopes, self.alibi_slopes):
+            return False
         return self.add_term(self.mask, MHA_BOOL) and self.add_term(self.bias, MHA_BOOL + 1)
+
+    cdef bint set_per_head(self, mha_array *a, object x):
+        """One number a head, in the compute dtype."""
+        if x is None:
+            return True
+        return (is_plain(x) and describe(&self.p.n, a, x, self.heads, 1, 1, 1)
+                and a.dtype == compute_dtype(self.dtype) and cnp.PyArray_ISALIGNED(x))
+
+    cdef bint set_weighing(self):
+        """What happens once scores are known."""
+        cdef mha_weighing *weighing = &self.p.weighing
+        cdef double share = 0
+        cdef int64_t seed = 0
+        if not (self.dropout_p is not None and number(self.dropout_p, &share) and 0 <= share < 1):
+            return False
+        if self.seed is not None and not (integer(self.seed, &seed) and seed >= 0):
+            return False
+        if share > 0 and self.seed is None:
+            return False
+        # All of 2^16 would leave nothing to divide by.
+        weighing.threshold = <uint32_t>min(share * 65536 + 0.5, 65535)
+        weighing.seed[0], weighing.seed[1] = seed & 0xffffffff, seed >> 32
+        return self.set_per_head(&weighing.sinks, self.sinks)
 
     cdef bint add_term(self, object term, int first_dtype):
         cdef const mha_sizes *n = &self.p.n
@@ -211,14 +248,18 @@ cdef class Question:
 
 
 def ask(q, k, v, mask=None, *, bias=None, causal=False, q_offset=None, window=None,
-        kv_lengths=None, scale=None):
+        kv_lengths=None, scale=None, softcap=None, sinks=None, alibi_slopes=None, dropout_p=0.0,
+        seed=None):
     """The question of `attention`, with its arguments as attributes."""
     cdef Question question = Question.__new__(Question)
     question.q, question.k, question.v = q, k, v
     question.mask, question.bias, question.causal = mask, bias, causal
     question.q_offset, question.window, question.kv_lengths = q_offset, window, kv_lengths
-    question.scale = scale
-    question.plain = question.set_arrays() and question.set_spans() and question.set_scoring()
+    question.scale, question.softcap = scale, softcap
+    question.sinks, question.alibi_slopes = sinks, alibi_slopes
+    question.dropout_p, question.seed = dropout_p, seed
+    question.plain = (question.set_arrays() and question.set_spans() and question.set_scoring()
+                      and question.set_weighing())
     return question
 
 

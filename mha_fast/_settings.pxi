@@ -105,6 +105,25 @@ def exp2(cnp.ndarray x):
     return y
 
 
+def tanh(cnp.ndarray z):
+    """The kernel's tanh(x) of z = 2 log2(e) x, likewise."""
+    cdef cnp.ndarray y = cnp.PyArray_NewCopy(z, cnp.NPY_CORDER)
+    cdef const mha_kernels *kernels = isa.f64 if dtype_of(z) == MHA_F64 else isa.f32
+    assert dtype_of(z) == compute_dtype(dtype_of(z))
+    kernels.probe.tanh(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), y.size)
+    return y
+
+
+def threefry(counter, key):
+    """The four words that dropout draws from four and four, for its tests."""
+    cdef uint32_t words[4]
+    cdef uint32_t keys[4]
+    for i in range(4):
+        words[i], keys[i] = counter[i], key[i]
+    isa.f32.probe.threefry(words, keys)
+    return [words[i] for i in range(4)]
+
+
 def fma_chain(idx rounds):
     """Floating-point operations done by `rounds` of independent float32 FMA, for the peak."""
     cdef double flops = 0

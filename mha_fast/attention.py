@@ -18,6 +18,11 @@ def attention(
     window=None,
     kv_lengths=None,
     scale=None,
+    softcap=None,
+    sinks=None,
+    alibi_slopes=None,
+    dropout_p=0.0,
+    seed=None,
     out=None,
     return_lse=False,
     return_weights=False,
@@ -61,13 +66,27 @@ def attention(
         Keys and values from that length on do not exist and are never read.
     scale : float, optional
         Any finite number; default ``1 / sqrt(head_dim)``.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``, before bias and mask; 2**-64 to 2**64.
+    sinks : array_like of float, broadcast to (..., heads), optional
+        A logit more in each head's denominator, without a value: unscaled, uncapped. The lse
+        includes it, and a row that sees no key has ``lse = sink``.
+    alibi_slopes : array_like of float, broadcast to (..., heads), optional
+        Adds ``-slope * abs(position - key)``.
+    dropout_p : float
+        The share of weights that are dropped, 0 to less than 1, rounded to 1 / 65536; the others
+        are divided by the share that is kept. The same `seed` drops the same ones: which, is a
+        function of seed, batch row, head, query row and key alone.
+    seed : int, optional
+        0 to 2**63 - 1; required with a `dropout_p` above 0.
     out : ndarray, shape (..., heads, seqlen_q, head_dim_v), optional
         Written and returned. Any strides; it may not overlap an input.
     return_lse : bool
         Also return the log-sum-exp of the scores.
     return_weights : bool
-        Also return what each query gives to each key: the softmax, 0 where a key is hidden. They
-        are computed after `out`, whose bits they leave alone, and take memory for every pair.
+        Also return what each query gives to each key: the softmax before dropout, 0 where a key
+        is hidden. They are computed after `out`, whose bits they leave alone, and take memory for
+        every pair.
     weights_heads, weights_rows : list of int, optional
         Weights of these heads, of these query rows alone; negative numbers count from the end.
     threads : int, optional
@@ -97,7 +116,9 @@ def attention(
     -----
     Vaswani et al., "Attention is all you need" (arXiv 1706.03762), computed with the online
     softmax of Milakov and Gimelshein (arXiv 1805.02867) over blocks of keys, as in
-    FlashAttention (Dao et al., arXiv 2205.14135).
+    FlashAttention (Dao et al., arXiv 2205.14135). Softcap: Gemma 2 (arXiv 2408.00118). Sinks:
+    gpt-oss (arXiv 2508.10925), after Xiao et al. (arXiv 2309.17453). Slopes: Press et al.
+    (arXiv 2108.12409). Dropout: Threefry-4x32-20 (Salmon et al., SC 2011), 16 bits a weight.
 
     Examples
     --------
@@ -112,7 +133,8 @@ def attention(
     """
     question = ask(
         q, k, v, mask, bias=bias, causal=causal, q_offset=q_offset, window=window,
-        kv_lengths=kv_lengths, scale=scale,
+        kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     if not question.plain:
         question = checked(question)

@@ -15,6 +15,7 @@ from .arguments import (
     FLOATS,
     boolean,
     check_broadcast,
+    compute_dtype,
     floats,
     integers,
     is_float,
@@ -29,6 +30,7 @@ class Shape(NamedTuple):
     heads: tuple  # () for two-dimensional arrays
     seqlen_q: int
     seqlen_k: int
+    real: np.dtype  # the compute dtype
 
     @property
     def scores(self):
@@ -42,6 +44,8 @@ def checked(question):
     options = {
         name: check(name, getattr(question, name), shape) for name, (_, check) in OPTIONS.items()
     }
+    if options["dropout_p"] > 0 and options["seed"] is None:
+        raise ValueError("seed is None, expected an int beside a dropout_p above 0")
     return ask(q, k, v, **options)
 
 
@@ -64,7 +68,7 @@ def shape_of(q, k, v):
             "leading axes of q, k and v do not broadcast: found {}, {} and {}".format(*shapes)
         ) from None
     heads = (heads,) if max(q.ndim, k.ndim, v.ndim) > 2 else ()
-    return Shape(batch, heads, q.shape[-2], k.shape[-2])
+    return Shape(batch, heads, q.shape[-2], k.shape[-2], compute_dtype(q, k, v))
 
 
 # ---- Checks: (name, value, shape of the question) to a plain value -------------------------------
@@ -131,6 +135,45 @@ def finite(name, x, _):
     return value
 
 
+def cap(name, x, shape):
+    """None, or a float of the range that `_core` takes."""
+    x = finite(name, x, shape)
+    if x is not None and not 2.0**-64 <= x <= 2.0**64:
+        raise ValueError(f"{name} is {x!r}, expected a number from 2**-64 to 2**64, or None")
+    return x
+
+
+def per_head(name, x, shape):
+    """None, or an aligned array in the compute dtype that broadcasts to the heads."""
+    if x is None:
+        return None
+    x = floats(name, x, least=())
+    target = (*shape.batch, *(shape.heads or (1,)))
+    check_broadcast(name, x.shape, target, "(..., heads)")
+    return np.require(x, shape.real, ["ALIGNED"])
+
+
+def share(name, x, shape):
+    """A float from 0 to less than 1."""
+    if x is None:
+        raise TypeError(f"{name} is None, expected a number")
+    x = finite(name, x, shape)
+    if not 0 <= x < 1:
+        raise ValueError(f"{name} is {x!r}, expected a number from 0 to less than 1")
+    return x
+
+
+def seed_of(name, x, _):
+    """None, or an int of 63 bits."""
+    if x is None:
+        return None
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} is {x!r}, expected an int or None")
+    if not 0 <= x < 2**63:
+        raise ValueError(f"{name} is {x!r}, expected 0 to {2**63 - 1}")
+    return int(x)
+
+
 OPTIONS = {
     "mask": (None, mask_or_bias),
     "bias": (None, mask_or_bias),
@@ -139,4 +182,9 @@ OPTIONS = {
     "window": (None, sides),
     "kv_lengths": (None, lengths),
     "scale": (None, finite),
+    "softcap": (None, cap),
+    "sinks": (None, per_head),
+    "alibi_slopes": (None, per_head),
+    "dropout_p": (0.0, share),
+    "seed": (None, seed_of),
 }

@@ -20,6 +20,11 @@ def attention(
     window=None,
     kv_lengths=None,
     scale=None,
+    softcap=None,
+    sinks=None,
+    alibi_slopes=None,
+    dropout_p=0.0,
+    seed=None,
     out=None,
     return_lse=False,
     return_weights=False,
@@ -46,7 +51,12 @@ def attention(
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
 
     s = compute.type(scale) * (q @ k.swapaxes(-1, -2))
-    seen = visible(*s.shape[-2:], causal, q_offset, window, kv_lengths)
+    if softcap is not None:
+        s = compute.type(softcap) * np.tanh(s / compute.type(softcap))
+    length, distance = _positions(*s.shape[-2:], q_offset, kv_lengths)
+    if alibi_slopes is not None:
+        s = s - _per_head(alibi_slopes, compute) * np.abs(distance).astype(compute)
+    seen = _visible(length, distance, causal, window)
     for term in (mask, bias):
         if term is not None and np.asarray(term).dtype == bool:
             seen = seen & term
@@ -57,12 +67,18 @@ def attention(
     s, seen = (np.broadcast_to(x, batch + s.shape[-3:]) for x in (s, seen))
     s = np.where(seen, s, -np.inf)
 
-    m = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    sink = -np.inf if sinks is None else _per_head(sinks, compute)
+    m = np.maximum(s.max(axis=-1, keepdims=True, initial=-np.inf), sink)
     m = np.where(m == -np.inf, 0, m)
     p = np.exp(s - m)
-    l = p.sum(axis=-1, keepdims=True)  # noqa: E741
+    l = p.sum(axis=-1, keepdims=True) + np.exp(sink - m)  # noqa: E741
     weights = np.divide(p, l, out=np.zeros_like(p), where=seen & (l != 0))
-    result = _weighted_sum(weights, seen, v)
+    kept = weights
+    if dropout_p > 0:
+        threshold = min(int(dropout_p * 65536 + 0.5), 65535)
+        drawn = _drawn(s.shape, seed)
+        kept = np.where(drawn < threshold, 0, weights * compute.type(65536 / (65536 - threshold)))
+    result = _weighted_sum(kept, seen, v)
     with np.errstate(divide="ignore"):
         lse = (m + np.log(l))[..., 0]
 
@@ -91,22 +107,70 @@ def linear(x, weight, bias=None, *, threads=None):
     return (product if bias is None else product + np.asarray(bias, compute)).astype(dtype)
 
 
-def visible(seqlen_q, seqlen_k, causal=False, q_offset=None, window=None, kv_lengths=None):
-    """Which keys a row may see by position: bool (batch..., 1, seqlen_q, seqlen_k)."""
+def _positions(seqlen_q, seqlen_k, q_offset, kv_lengths):
+    """How many keys exist, and how far each is from each query: (batch..., 1, rows, keys)."""
     length = np.asarray(seqlen_k if kv_lengths is None else kv_lengths, np.int64)
     offset = length - seqlen_q if q_offset is None else np.asarray(q_offset, np.int64)
     length, offset = (x[..., None, None, None] for x in (length, offset))  # heads, rows, keys
-    position = np.arange(seqlen_q)[:, None] + offset
-    key = np.arange(seqlen_k)
+    return length, np.arange(seqlen_k) - (np.arange(seqlen_q)[:, None] + offset)
+
+
+def _visible(length, distance, causal, window):
+    """Which keys each row may see by position."""
     left, right = (None, None) if window is None else window
-    seen = key < length
+    seen = np.arange(distance.shape[-1]) < length
     if causal:
-        seen = seen & (key <= position)
+        seen = seen & (distance <= 0)
     if left is not None:
-        seen = seen & (key >= position - left)
+        seen = seen & (distance + left >= 0)
     if right is not None:
-        seen = seen & (key <= position + right)
-    return np.broadcast_to(seen, np.broadcast_shapes(seen.shape, position.shape, (1, 1, 1)))
+        seen = seen & (distance <= right)
+    return np.broadcast_to(seen, np.broadcast_shapes(seen.shape, distance.shape))
+
+
+def _per_head(x, compute):
+    """(..., heads) as (..., heads, 1, 1)."""
+    return np.asarray(x).astype(compute)[..., None, None]
+
+
+def _drawn(shape, seed):
+    """A number below 65536 for each weight: Threefry-4x32-20 of the counter (key // 8, row, head,
+    batch row) makes four words, whose halves belong to 8 keys in turn, the low half first."""
+    batch, heads, rows, keys = np.prod(shape[:-3], dtype=int), *shape[-3:]
+    x = np.indices((batch, heads, rows, -(-keys // 8)), np.uint32)[::-1]
+    words = threefry(x, [seed & 0xFFFFFFFF, seed >> 32, 0, 0])
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return np.stack(halves, -1).reshape(*shape[:-1], -1)[..., :keys]
+
+
+def threefry(counter, key):
+    """Four words of a counter and a key of four words each (Salmon et al., SC 2011).
+
+    Examples
+    --------
+    >>> [f"{int(word):08x}" for word in threefry([0, 0, 0, 0], [0, 0, 0, 0])]
+    ['9c6ca96a', 'e17eae66', 'fc10ecd4', '5256a7d8']
+    """
+    turns = [(10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20)]
+    k = [*key, 0x1BD11BDA ^ key[0] ^ key[1] ^ key[2] ^ key[3]]
+    a, b, c, d = (
+        np.asarray(x, np.uint32) + np.uint32(y) for x, y in zip(counter, key, strict=True)
+    )
+    with np.errstate(over="ignore"):  # words wrap round
+        for n in range(20):
+            first, second = turns[n % 8]
+            a = a + b
+            b = (b << first | b >> (32 - first)) ^ a
+            c = c + d
+            d = (d << second | d >> (32 - second)) ^ c
+            b, d = d, b  # the pairs change partners
+            if n % 4 == 3:
+                i = n // 4 + 1
+                a, b, c, d = (
+                    x + np.uint32(k[(i + j) % 5] + (i if j == 3 else 0) & 0xFFFFFFFF)
+                    for j, x in enumerate((a, b, c, d))
+                )
+    return [a, b, c, d]
 
 
 def _floats(*arrays):

@@ -100,6 +100,14 @@ OPTIONS = {
     "bias": Option("bias", lambda p: p.terms("hk", visible=1), "bhqk"),
     "hiding bias": Option("bias", lambda p: p.terms("k"), "bhqk"),
     "scale": Option("scale", lambda p: p.pick(-0.7, none() | floats(-4, 4, allow_subnormal=False))),
+    "softcap": Option("softcap", lambda p: p.pick(1.5, floats(0.25, 60, allow_subnormal=False))),
+    "sinks": Option("sinks", lambda p: sizes.random(p.heads, seed=p.number(2, 0, 2**32)), "h"),
+    "alibi_slopes": Option(
+        "alibi_slopes", lambda p: abs(sizes.random(p.heads, seed=p.number(3, 0, 2**32))) / 8, "h"),
+    "dropout_p": Option("dropout_p", lambda p: p.pick(0.3, floats(0, 0.9, allow_subnormal=False)),
+                        beside={"seed": 7}, counted="bhq"),
+    "seed": Option("seed", lambda p: p.number(2**62 + 5, 0, 2**63 - 1), beside={"dropout_p": 0.5},
+                   counted="bhq"),
 }  # fmt: skip
 
 PAIRS = [

@@ -121,7 +121,7 @@ def test_function_takes_at_most_seven_parameters(path):
 
 def test_parameters_are_counted_in_every_kind_of_function():
     product = (CSRC / "product.inc.h").read_text()
-    assert ("multiply", 6) in parameters(product) and ("product_tile", 7) in parameters(product)
+    assert ("multiply", 6) in parameters(product) and ("product_tile", 6) in parameters(product)
     words = (CSRC / "isa" / "avx2.c").read_text()
     assert ("v_fma", 3) in parameters(words) and ("v_if_less", 4) in parameters(words)
     team = (ROOT / "mha_fast" / "_team.pxi").read_text()

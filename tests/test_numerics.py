@@ -212,3 +212,41 @@ def test_exp2_of_any_length_has_the_bits_of_every_isa(real, length):
     for name, y in others:
         assert_same(y, first, name)
     assert first.shape == x.shape
+
+
+TANH_ULPS = {"float32": 2.6, "float64": 3.1}  # as csrc/exp2.inc.h says
+
+
+def tanh_error(z):
+    """In units of the last place; z is 2 log2(e) x."""
+    wide = np.float64 if z.dtype == np.float32 else np.longdouble
+    exact = np.tanh(z.astype(wide) * np.log(wide(2)) / 2)
+    return ulps(_core.tanh(z), exact).max()
+
+
+@pytest.mark.parametrize("exponent", range(-24, 6))
+def test_tanh_of_float32_is_within_its_ulps(isa, exponent):
+    low, high = (np.float32(2.0**n).view(np.int32) for n in (exponent, exponent + 1))
+    step = 1 if EXHAUSTIVE else 997 if isa == "generic" else 31
+    for start in range(low, high, 2**22):
+        z = np.arange(start, min(high, start + 2**22), step, np.int32).view(np.float32)
+        assert max(tanh_error(z), tanh_error(-z)) <= TANH_ULPS["float32"]
+
+
+def test_tanh_of_float64_is_within_its_ulps(isa):
+    z = np.exp2(np.random.default_rng(0).uniform(-60, 6, 10_000 if isa == "generic" else 200_000))
+    assert max(tanh_error(z), tanh_error(-z)) <= TANH_ULPS["float64"]
+
+
+def test_tanh_at_its_ends_and_of_nan(isa, real):
+    info = np.finfo(real)
+    z = np.array([0, np.inf, -np.inf, np.nan, info.max, -info.max, 200, -200], real)
+    expected = np.array([0, 1, -1, np.nan, 1, -1, 1, -1], real)
+    assert np.array_equal(_core.tanh(z), expected, equal_nan=True)
+
+
+def test_tanh_has_the_bits_of_every_isa(real):
+    z = np.append(sizes.random(1001, dtype=real) * 10, [0, np.inf, -np.inf]).astype(real)
+    (_, first), *others = sizes.on_every_isa(lambda: _core.tanh(z))
+    for name, y in others:
+        assert_same(y, first, name)

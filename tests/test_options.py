@@ -198,7 +198,7 @@ def test_canary_a_cut_at_the_wrong_place_is_caught():
 
 
 def test_canary_an_argument_without_a_row_is_caught(monkeypatch):
-    monkeypatch.setitem(OPTIONS, "new", Option("softcap", lambda p: 3.0))
+    monkeypatch.setitem(OPTIONS, "new", Option("hardcap", lambda p: 3.0))
     with pytest.raises(AssertionError):
         test_every_argument_of_attention_has_a_row()
 

@@ -44,7 +44,7 @@ def test_it_needs_neither_the_extension_nor_the_checks(monkeypatch):
 
 def test_canary_a_module_that_is_missing_is_noticed(monkeypatch):
     with pytest.raises(ImportError):
-        import_alone(monkeypatch, [*FORBIDDEN, "reference"])
+        import_alone(monkeypatch, [*FORBIDDEN, "results"])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
