@@ -16,6 +16,7 @@ from .model.projection import linear
 from .process.config import show_config
 from .process.threads import get_num_threads, set_num_threads
 from .results import AttentionResult
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionResult",
     "MultiHeadAttention",
     "attention",
+    "attention_varlen",
     "get_num_threads",
     "heads",
     "linear",

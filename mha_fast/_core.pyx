@@ -15,7 +15,7 @@ cimport numpy as cnp
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 cnp.import_array()
@@ -67,6 +67,18 @@ cdef bint project(call_state *call, idx tile_index, idx chunk) noexcept nogil:
         return False
     revisit(kernel, tile, first, min(first + call.plan.chunk, tile.last_block))
     return True
+
+
+cdef bint attend_part(call_state *call, idx tile_index, idx chunk) noexcept nogil:
+    """One tile of one of the call's parts."""
+    cdef idx middle, low = 0, high = call.num_parts
+    while high - low > 1:               # parts[low].first_tile <= tile_index < parts[high]'s
+        middle = (low + high) // 2
+        if call.parts[middle].first_tile <= tile_index:
+            low = middle
+        else:
+            high = middle
+    return attend(&call.parts[low], tile_index - call.parts[low].first_tile, 0)
 
 
 cdef void revisit(const mha_kernel *kernel, mha_tile *tile, idx first, idx last) noexcept nogil:

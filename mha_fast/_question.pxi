@@ -193,16 +193,12 @@ cdef class Question:
         elif not self.can_write(out):
             return NotImplemented
         memset(&job, 0, sizeof(job))
-        job.problem = &self.p
         job.results.out.batch_bytes = batch_bytes[0]
         job.results.lse.batch_bytes = batch_bytes[1]
         job.results.sums.batch_bytes = batch_bytes[2]
         job.scores.to.batch_bytes = batch_bytes[3]
-        describe(n, &job.results.out, out, self.heads, n.seqlen_q, n.head_dim_v, 3)
-        lse = weights = None
-        if wants_lse:
-            lse = new_array(n, self.ndim, self.heads, -1, real)
-            describe(n, &job.results.lse, lse, self.heads, n.seqlen_q, 1, 2)
+        lse = self.set_answers(&job, out, wants_lse)
+        weights = None
         if wants_weights:
             sums = new_array(n, max(self.ndim, 3), self.heads, 2, real)
             describe(n, &job.results.sums, sums, self.heads, n.seqlen_q, 2, 3)
@@ -210,6 +206,17 @@ cdef class Question:
         if n.batch and self.heads and n.seqlen_q:
             carry_out(&job, kernels_of(self.dtype), attend, <int>limit)
         return (out, lse, weights) if wants_lse or wants_weights else out
+
+    cdef object set_answers(self, mha_job *job, cnp.ndarray out, bint wants_lse):
+        """Fill in a job; the lse, or None."""
+        cdef const mha_sizes *n = &self.p.n
+        job.problem = &self.p
+        describe(n, &job.results.out, out, self.heads, n.seqlen_q, n.head_dim_v, 3)
+        if not wants_lse:
+            return None
+        lse = new_array(n, self.ndim, self.heads, -1, compute_dtype(self.dtype))
+        describe(n, &job.results.lse, lse, self.heads, n.seqlen_q, 1, 2)
+        return lse
 
     cdef bint can_write(self, object out):
         """Is it an array of the result's dtype and shape, of memory of its own?"""
@@ -245,6 +252,37 @@ cdef class Question:
         scores.stage = MHA_WEIGHTS
         describe(n, &scores.to, weights, heads, rows, n.seqlen_k, 3)
         return weights
+
+
+def attend_together(list questions, list outs, bint return_lse, threads):
+    """`attend` of many questions of one dtype by one team; outs and the list of lse, or None.
+
+    What attention_varlen makes and has checked: questions are plain and without batch axes.
+    """
+    cdef idx i, count = len(questions)
+    cdef double work = 0
+    cdef call_state call
+    cdef Question question
+    memset(&call, 0, sizeof(call))
+    cdef mha_job *jobs = <mha_job *>calloc(count, sizeof(mha_job))
+    call.parts = <call_state *>calloc(count, sizeof(call_state))
+    call.task = attend_part
+    lses = []
+    try:
+        if count and (jobs == NULL or call.parts == NULL):
+            raise MemoryError("no memory for the jobs of sequences")
+        call.num_parts = count
+        for i in range(count):
+            question = questions[i]
+            lses.append(question.set_answers(&jobs[i], outs[i], return_lse))
+            call.parts[i].job, call.parts[i].kernels = &jobs[i], kernels_of(question.dtype)
+            work += work_of(&question.p)
+        if count:
+            run(&call, work, threads or 0)
+    finally:
+        free(jobs)
+        free(call.parts)
+    return lses if return_lse else None
 
 
 def ask(q, k, v, mask=None, *, bias=None, causal=False, q_offset=None, window=None,

@@ -34,7 +34,13 @@ cdef struct Plan:
     idx signal_interval     # tasks between two looks at Ctrl-C
 
 
-cdef double work_of(const mha_problem *p) noexcept nogil:
+cdef double work_of(const mha_problem *p) except -1:
+    if max(p.n.head_dim, p.n.head_dim_v) > MHA_MAX_DIM:
+        raise MemoryError("no memory for a tile of rows that long")
+    return operations(p)
+
+
+cdef double operations(const mha_problem *p) noexcept nogil:
     cdef const mha_sizes *n = &p.n
     cdef double keys = <double>n.batch * n.kv_heads * n.seqlen_k * (n.head_dim + n.head_dim_v)
     return keys * (2.0 * n.group_size * n.seqlen_q + 4 * WORK_PER_BYTE)
@@ -71,7 +77,23 @@ cdef Plan plan_of(const mha_problem *p, const mha_kernels *kernels, int threads,
             plan.bytes = <double>plan.record_bytes * plan.tiles * (1 + plan.wave)
     plan.threads = <int>min(threads, plan.tiles * plan.chunks)
     plan.signal_interval = <idx>(
-        1 + WORK_PER_SIGNAL_CHECK * plan.tiles * plan.chunks / (work_of(p) + 1))
+        1 + WORK_PER_SIGNAL_CHECK * plan.tiles * plan.chunks / (operations(p) + 1))
+    return plan
+
+
+cdef Plan plan_of_parts(call_state *call, int threads, double work) noexcept nogil:
+    """Tiles of all parts, one after another; keys are not split."""
+    cdef Plan plan
+    cdef idx i
+    memset(&plan, 0, sizeof(plan))
+    for i in range(call.num_parts):
+        call.parts[i].plan = plan_of(call.parts[i].job.problem, call.parts[i].kernels, 1, True)
+        call.parts[i].plan.threads = threads
+        call.parts[i].first_tile = plan.tiles
+        plan.tiles += call.parts[i].plan.tiles
+    plan.blocks = plan.wave = plan.chunk = plan.chunks = 1
+    plan.threads = <int>min(threads, plan.tiles)
+    plan.signal_interval = <idx>(1 + WORK_PER_SIGNAL_CHECK * plan.tiles / (work + 1))
     return plan
 
 
@@ -85,6 +107,10 @@ cdef struct call_state:
     const mha_kernels *kernels
     task_function task
     Plan plan
+    # Only where a call is many jobs of one team; then it has no job itself:
+    call_state *parts
+    idx num_parts
+    idx first_tile          # of a part
     # Only where the results of split keys merge:
     idx wave_begin          # first block of the wave at hand
     char *records
@@ -102,28 +128,31 @@ cdef int64_t threads_claimed = 0    # by the large calls that run now
 
 cdef int carry_out(const mha_job *job, const mha_kernels *kernels, task_function task,
                    int limit) except -1:
-    """All tasks, on at most `limit` threads; 0: what the process has set."""
-    global call_end
+    """All tasks of a job, on at most `limit` threads; 0: what the process has set."""
     cdef call_state call
-    cdef const mha_problem *p = job.problem
-    cdef double work = work_of(p)
+    memset(&call, 0, sizeof(call))
+    call.job, call.kernels, call.task = job, kernels, task
+    return run(&call, work_of(job.problem), limit)
+
+
+cdef int run(call_state *call, double work, int limit) except -1:
+    global call_end
     cdef bint large = work >= 2 * WORK_PER_HOT_THREAD, hot = False
     cdef int threads = 1
-    if max(p.n.head_dim, p.n.head_dim_v) > MHA_MAX_DIM:
-        raise MemoryError("no memory for a tile of rows that long")
     if large:
         hot = omp_get_wtime() - call_end < HOT
         limit = limit or default_threads()
         threads = 1 if forked or omp_in_parallel() else threads_for(work, hot, limit)
         threads = claim(threads)
-    memset(&call, 0, sizeof(call))
-    call.job, call.kernels, call.task = job, kernels, task
-    call.plan = plan_of(p, kernels, threads, task == attend)
+    if call.num_parts:
+        call.plan = plan_of_parts(call, threads, work)
+    else:
+        call.plan = plan_of(call.job.problem, call.kernels, threads, call.task == attend)
     try:
-        reserve_records(&call)
+        reserve_records(call)
         with nogil:
             while True:
-                run_wave(&call, team_of(call.plan.threads, hot))
+                run_wave(call, team_of(call.plan.threads, hot))
                 call.wave_begin += call.plan.wave
                 if call.wave_begin >= call.plan.blocks or call.out_of_memory or call.interrupted:
                     break

@@ -94,6 +94,27 @@ def attention(
     return named_result(out, lse if return_lse else None, weights if return_weights else None)
 
 
+def attention_varlen(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, *, return_lse=False, threads=None, **options
+):
+    """`attention` of each sequence; see `mha_fast.attention_varlen`."""
+    packed = cu_seqlens_q is not None
+    if packed:
+        rows, keys = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        q = np.split(np.asarray(q), rows[1:], axis=1)
+        k, v = (np.split(np.asarray(x), keys[1:], axis=1)[:-1] for x in (k, v))
+        behind = q.pop()
+    results = [
+        attention(*arrays, return_lse=True, **options) for arrays in zip(q, k, v, strict=True)
+    ]
+    outs, lses = [r.out for r in results], [r.lse for r in results]
+    if packed:
+        width = v[0].shape[-1]
+        outs = np.concatenate([*outs, np.zeros((*behind.shape[:2], width), outs[0].dtype)], axis=1)
+        lses = np.concatenate([*lses, np.full(behind.shape[:2], -np.inf, lses[0].dtype)], axis=1)
+    return named_result(outs, lses if return_lse else None, None)
+
+
 def linear(x, weight, bias=None, *, threads=None):
     """A layer's product, ``x @ weight.T + bias``; see `mha_fast.linear`.
 
@@ -140,7 +161,7 @@ def _drawn(shape, seed):
     x = np.indices((batch, heads, rows, -(-keys // 8)), np.uint32)[::-1]
     words = threefry(x, [seed & 0xFFFFFFFF, seed >> 32, 0, 0])
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return np.stack(halves, -1).reshape(*shape[:-1], -1)[..., :keys]
+    return np.stack(halves, -1).reshape(*shape[:-1], -(-keys // 8) * 8)[..., :keys]
 
 
 def threefry(counter, key):
