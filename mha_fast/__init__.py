@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 from . import heads, reference
 from .model.layer import MultiHeadAttention
 from .model.projection import linear
+from .plan import Plan, explain
 from .process.config import show_config
 from .process.threads import get_num_threads, set_num_threads
 from .results import AttentionResult
@@ -23,8 +24,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionResult",
     "MultiHeadAttention",
+    "Plan",
     "attention",
     "attention_varlen",
+    "explain",
     "get_num_threads",
     "heads",
     "linear",

@@ -26,6 +26,7 @@ class Question:
     dropout_p: Any
     seed: Any
     plain: bool
+    def plan(self, threads: int | None = None) -> dict[str, Any]: ...
     def attend(
         self,
         out: Any = None,

@@ -2,8 +2,8 @@
 """The algorithm: what is computed for a tile of query rows, block by block of keys.
 
 Around it: _team.pxi plans a call and shares its tasks out among threads; _question.pxi makes a
-question of a call's arguments, _arrays.pxi descriptions of its arrays; _settings.pxi is what the
-process has chosen.
+question of a call's arguments, _arrays.pxi descriptions of its arrays, _linear.pxi products of
+scores; _settings.pxi is what the process has chosen.
 """
 
 import os
@@ -90,10 +90,15 @@ cdef void revisit(const mha_kernel *kernel, mha_tile *tile, idx first, idx last)
 
 
 cdef const mha_kernel *kernel_of(call_state *call, idx tile_index) noexcept nogil:
+    return layout_of(call.job.problem, call.kernels, tile_index)
+
+
+cdef const mha_kernel *layout_of(const mha_problem *p, const mha_kernels *kernels,
+                                 idx tile_index) noexcept nogil:
     """Two kernels with the same bits; one is faster for few rows."""
-    cdef const mha_kernel *many = call.kernels.queries_in_lanes
-    cdef const mha_kernel *few = call.kernels.keys_in_lanes
-    return few if mha_place_of(call.job.problem, tile_index, many.lanes).rows <= few.lanes else many
+    cdef const mha_kernel *many = kernels.queries_in_lanes
+    cdef const mha_kernel *few = kernels.keys_in_lanes
+    return few if mha_place_of(p, tile_index, many.lanes).rows <= few.lanes else many
 
 
 # ---- Runs of blocks, and waves of runs whose blocks are shared out ------------------------------
@@ -142,3 +147,4 @@ include "_settings.pxi"
 include "_team.pxi"
 include "_arrays.pxi"
 include "_question.pxi"
+include "_linear.pxi"

@@ -207,6 +207,42 @@ cdef class Question:
             carry_out(&job, kernels_of(self.dtype), attend, <int>limit)
         return (out, lse, weights) if wants_lse or wants_weights else out
 
+    def plan(self, threads=None):
+        """What `attend` would do, as a dict: nothing is computed but which blocks tiles can see."""
+        cdef mha_job job
+        cdef Plan plan
+        cdef mha_tile *tile
+        cdef const mha_kernels *kernels = kernels_of(self.dtype)
+        cdef const mha_kernel *kernel
+        cdef double work = work_of(&self.p)
+        cdef int limit = threads or default_threads()
+        cdef idx i, visited = 0, few = 0
+        memset(&job, 0, sizeof(job))
+        job.problem = &self.p
+        if work < 2 * WORK_PER_HOT_THREAD or forked:
+            limit = 1
+        plan = plan_of(&self.p, kernels, threads_for(work, True, limit), True)
+        for i in range(plan.tiles):
+            kernel = layout_of(&self.p, kernels, i)
+            few += kernel == kernels.keys_in_lanes
+            tile = kernel.begin(&job, i)
+            if tile == NULL:
+                raise MemoryError("no memory for the scratch space of a thread")
+            visited += tile.last_block - tile.first_block
+        kernel = kernels.keys_in_lanes if few == plan.tiles else kernels.queries_in_lanes
+        return {
+            "isa": get_isa(),
+            "layout": "keys in lanes" if few == plan.tiles else "queries in lanes",
+            "rows_per_tile": kernel.lanes,
+            "tiles": plan.tiles,
+            "tasks": plan.tiles * plan.chunks,
+            "threads": plan.threads,
+            "scratch_bytes": kernel.tile_bytes(&self.p),
+            "record_bytes": <size_t>plan.bytes,
+            "blocks": plan.tiles * plan.blocks,
+            "blocks_visited": visited,
+        }
+
     cdef object set_answers(self, mha_job *job, cnp.ndarray out, bint wants_lse):
         """Fill in a job; the lse, or None."""
         cdef const mha_sizes *n = &self.p.n
@@ -345,38 +381,3 @@ cdef bint number(object x, double *value):
     else:
         return False
     return isfinite(value[0])
-
-
-# ---- A linear layer ------------------------------------------------------------------------------
-
-
-def linear(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, object threads):
-    """x (rows, width) @ weight (outputs, width).T + bias, of plain float arrays that fit; bias is
-    dense, in the compute dtype, or None. The products are scores of queries x and keys weight."""
-    cdef mha_problem p
-    cdef mha_sizes *n = &p.n
-    cdef mha_job job
-    cdef int dtype
-    memset(&p, 0, sizeof(p))
-    memset(&job, 0, sizeof(job))
-    n.batch = n.kv_heads = n.group_size = 1
-    n.seqlen_q, n.seqlen_k, n.head_dim = x.shape[0], weight.shape[0], x.shape[1]
-    p.spans.left = p.spans.right = MHA_OPEN
-    p.scoring.scale = 1
-    describe(n, &p.q, x, 1, n.seqlen_q, n.head_dim, 3)
-    describe(n, &p.k, weight, 1, n.seqlen_k, n.head_dim, 3)
-    p.v = p.k       # head_dim_v is 0: never read, but valid where a tile points at its rows
-    dtype = promote(p.q.dtype, p.k.dtype)
-    out = new_array(n, 2, 1, n.seqlen_k, dtype)
-    job.problem = &p
-    job.scores.stage = MHA_PRODUCTS
-    describe(n, &job.scores.to, out, 1, n.seqlen_q, n.seqlen_k, 3)
-    if bias is not None:
-        job.scores.addend = cnp.PyArray_DATA(bias)
-    if out.size:
-        carry_out(&job, kernels_of(dtype), project, threads or 0)
-    return out
-
-
-cdef const mha_kernels *kernels_of(int dtype) noexcept:
-    return isa.f64 if dtype == MHA_F64 else isa.f32
