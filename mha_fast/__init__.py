@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
         "build the extension here (`pip install -e .`)."
     ) from None
 from . import heads, reference
+from .merging import merge
 from .model.layer import MultiHeadAttention
 from .model.projection import linear
 from .plan import Plan, explain
@@ -31,6 +32,7 @@ __all__ = [
     "get_num_threads",
     "heads",
     "linear",
+    "merge",
     "reference",
     "set_num_threads",
     "show_config",

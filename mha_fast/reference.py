@@ -5,7 +5,7 @@ Nothing is checked here, and scores are stored whole, so memory grows with ``seq
 
 import numpy as np
 
-from .results import named_result
+from .results import AttentionResult, named_result
 
 
 def attention(
@@ -126,6 +126,26 @@ def linear(x, weight, bias=None, *, threads=None):
     (x, weight), dtype, compute = _floats(x, weight)
     product = x @ weight.T
     return (product if bias is None else product + np.asarray(bias, compute)).astype(dtype)
+
+
+def merge(outs, lses):
+    """The result over all keys, from results over parts of them; see `mha_fast.merge`.
+
+    Examples
+    --------
+    >>> out, lse = merge([[[1.0]], [[3.0]]], [[0.0], [0.0]])
+    >>> float(out[0, 0]), round(float(lse[0]), 4)
+    (2.0, 0.6931)
+    """
+    outs, dtype, compute = _floats(*outs)
+    lses = [np.asarray(x, compute)[..., None] for x in lses]
+    with np.errstate(invalid="ignore"):
+        lse = np.logaddexp.reduce(np.broadcast_arrays(*lses))
+        weights = [np.exp(x - lse) for x in lses]
+        parts = zip(outs, lses, weights, strict=True)
+        out = sum(np.where(x == -np.inf, 0, weight * out) for out, x, weight in parts)
+    rows = np.broadcast_shapes(out.shape[:-1], lse.shape[:-1])
+    return AttentionResult(out.astype(dtype), np.broadcast_to(lse[..., 0], rows).copy())
 
 
 def _positions(seqlen_q, seqlen_k, q_offset, kv_lengths):

@@ -18,12 +18,16 @@ FIELD = {
     "window": r"\bspans(\.|->)(left|right)\b|^ *idx left\b",
     "bias": r"\bscoring(\.|->)(terms|num_terms)\b|^ *mha_array \*?terms\b",
 }
-# Files beyond the row's that may spell it. An interval has none. A bias is a transform with an
-# array of its own, so C finds its rows for a tile and reads them; a number (softcap) needs neither.
-# The `bias` of a layer's product is another argument, so model/ is not searched for it.
+# Files beyond the row's that may spell it. A linear layer says that its spans are open. A bias is a
+# transform with an array of its own, so C finds its rows for a tile and reads them; a number
+# (softcap) needs neither; packed sequences have none. The `bias` of a layer's product is another
+# argument, so its files are not searched.
 ROW_OF = {"window": "an interval mask", "bias": "a score transform"}
-ALSO = {"window": set(), "bias": {"csrc/tile.c", "csrc/terms.inc.h"}}
-NOT_SEARCHED = {"window": (), "bias": ("mha_fast/model/",)}
+ALSO = {
+    "window": {"mha_fast/_linear.pxi"},
+    "bias": {"csrc/tile.c", "csrc/terms.inc.h", "mha_fast/varlen.py"},
+}
+NOT_SEARCHED = {"window": (), "bias": ("mha_fast/model/", "mha_fast/_linear.pxi")}
 # Listed, but without a word about these options: where a transform is a line of the kernel, a bias
 # is one of the terms that come as vectors, and the canonical arithmetic is a comment.
 SILENT = {"window": set(), "bias": {"csrc/score.inc.h", "csrc/kernel.inc.h"}}

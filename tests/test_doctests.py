@@ -40,7 +40,7 @@ def test_every_public_name_exists_and_nothing_else_is_public():
     assert sorted(mha_fast.__all__) == list(mha_fast.__all__)
 
 
-FUNCTIONS = ["attention", "attention_varlen", "linear"]
+FUNCTIONS = ["attention", "attention_varlen", "linear", "merge"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -17,7 +17,7 @@ from sizes import PRIMES, qkv
 import mha_fast
 from mha_fast import reference
 
-FUNCTIONS = ["attention", "attention_varlen", "linear"]
+FUNCTIONS = ["attention", "attention_varlen", "linear", "merge"]
 FORBIDDEN = ["_core", "arguments"]
 
 
