@@ -31,6 +31,9 @@ NOT_SEARCHED = {"window": (), "bias": ("mha_fast/model/", "mha_fast/_linear.pxi"
 # Listed, but without a word about these options: where a transform is a line of the kernel, a bias
 # is one of the terms that come as vectors, and the canonical arithmetic is a comment.
 SILENT = {"window": set(), "bias": {"csrc/score.inc.h", "csrc/kernel.inc.h"}}
+# A storage dtype that is also read by vectors; files of weights have names of their own for dtypes.
+BFLOAT16 = r"(?i)(?<![a-z])bfloat16|bf16"
+NAMES_IN_FILES = {"mha_fast/model/weights_file.py"}
 
 
 def table(text):
@@ -83,6 +86,15 @@ def files_that_name_isa(isa):
     return {name for name, code in product() if re.search(rf"(?<![a-z]){isa}(?![a-z0-9_])", code)}
 
 
+def files_that_name_bfloat16():
+    return {name for name, code in product() if re.search(BFLOAT16, code)}
+
+
+def functions(text):
+    """(name, file) of every function that a text finds in a file."""
+    return re.findall(r"`(\w+)(?:\(\))?` in `((?:csrc|mha_fast)/[\w./]+)`", text)
+
+
 def isas():
     return re.findall(r"^MHA_ISA\((\w+)", (ROOT / "csrc" / "isa.def").read_text(), re.M)
 
@@ -99,6 +111,29 @@ def test_number_of_each_change_is_that_of_its_places():
 def test_every_file_that_is_named_exists():
     assert len(files(TEXT)) > 20
     assert [name for name in files(TEXT) if not (ROOT / name).exists()] == []
+
+
+def test_every_function_is_in_the_file_that_is_named():
+    assert ("span", "csrc/tile.c") in functions(TEXT) and len(functions(TEXT)) > 5
+    for name, path in functions(TEXT):
+        assert re.search(rf"\b{name}\b", code_of(ROOT / path)), f"{name} in {path}"
+
+
+def test_every_file_of_the_readme_exists():
+    rows = (ROOT / "README.md").read_text().partition("| `mha_fast/` |")[2].partition("\n\n")[0]
+    named = re.findall(r"`([\w.*]+(?:/(?:\*\.c)?|\.\w+))`", rows)
+    assert len(named) > 20
+    for name in named:
+        assert any(list((ROOT / folder).glob(name)) for folder in ("", "mha_fast", "csrc")), name
+
+
+def test_every_file_that_knows_bfloat16_is_named():
+    dtype = files(";".join(table(TEXT)["a storage dtype"][1]))
+    by_vectors = files(TEXT.partition("**A dtype**")[2].partition("\n\n")[0])
+    words = {f"csrc/isa/{isa}.c" for isa in isas()} | {"csrc/isa/generic_words.inc.h"}
+    assert dtype <= files_that_name_bfloat16()
+    named = dtype | by_vectors | words | NAMES_IN_FILES
+    assert files_that_name_bfloat16() - named == set()
 
 
 @pytest.mark.parametrize("option", ROW_OF)
@@ -120,7 +155,7 @@ def test_canary_a_place_that_is_not_counted_is_found(tmp_path, monkeypatch):
     assert files(guilty) == {"csrc/moon.c", "csrc/mha.h", "mha_fast/moon.py"}
     everything = dict(product()) | {
         "csrc/moon.c": 'if (p->spans.left) use("avx2");',
-        "mha_fast/moon.py": "moon(window=3)",
+        "mha_fast/moon.py": "moon(window=3, dtype='bfloat16')",
     }
     monkeypatch.setitem(globals(), "product", lambda: everything.items())
     assert files_that_name_isa("avx2") - {"csrc/moon.c"} == {"csrc/isa.def", "csrc/isa/avx2.c"}
@@ -128,3 +163,5 @@ def test_canary_a_place_that_is_not_counted_is_found(tmp_path, monkeypatch):
         test_option_is_spelled_in_its_places_and_nowhere_else("window")
     with pytest.raises(AssertionError):
         test_instruction_set_is_named_in_its_file_and_in_the_list()
+    with pytest.raises(AssertionError, match="moon"):
+        test_every_file_that_knows_bfloat16_is_named()
