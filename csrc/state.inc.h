@@ -126,8 +126,9 @@ static void FN(merge_sinks)(mha_tile *t)
 static void FN(finish_sums)(mha_tile *t, REAL *factor)
 {
     const double drawn = 1 << 16, kept = drawn - t->problem->weighing.threshold;
+    const int sinks = t->place.sinks != NULL, drops = kept < drawn;
     const REAL *m = t->state.m, *l = t->state.l;
-    if (t->place.sinks)
+    if (sinks)
         FN(merge_sinks)(t);
     for (int i = 0; i < t->place.rows; i++) {
         factor[i] = l[i] == 0 ? 0 : 1 / l[i];
@@ -136,9 +137,9 @@ static void FN(finish_sums)(mha_tile *t, REAL *factor)
             sums[0] = m[i];
             sums[1] = factor[i];
         }
-        if (t->place.sinks)
+        if (sinks)
             factor[i] *= ((const REAL *)t->a)[i];
-        if (t->problem->weighing.threshold)
+        if (drops)
             factor[i] *= (REAL)(drawn / kept);
         if (t->row.lse[i]) {
             const REAL lse = (REAL)(m[i] / LOG2_E + log((double)l[i]));
