@@ -44,6 +44,7 @@
 #include "key_panels.inc.h"
 #include "keys_in_lanes.inc.h"
 #include "write.inc.h"
+#include "measure.inc.h"
 #include "probe.inc.h"
 
 static const mha_kernel FN(queries_in_lanes) = {
@@ -59,6 +60,7 @@ static const mha_kernel FN(queries_in_lanes) = {
     FN(queries_merge),
     FN(queries_finish),
     FN(queries_write_scores),
+    FN(queries_measure),
 };
 
 static const mha_kernel FN(keys_in_lanes) = {
@@ -74,6 +76,7 @@ static const mha_kernel FN(keys_in_lanes) = {
     FN(keys_merge),
     FN(keys_finish),
     FN(keys_write_scores),
+    NULL,
 };
 
 static const mha_probe FN(probe) = {

@@ -1,5 +1,4 @@
-/* The only interface between the three rooms: the question and its answers, one tile, and the
- * kernel table.
+/* The only interface between the three rooms: question, answers, one tile, and the kernel table.
  *
  *   problem   the question: arrays, who sees whom, how a product becomes a score
  *   job       what one call computes of it
@@ -116,14 +115,15 @@ typedef struct {
     mha_weighing weighing;
 } mha_problem;
 
-/* sums: m and 1 / l of each row, in the compute dtype, from which a second pass has the weights. */
+/* sums: m, 1 / l and log2(1 / l) of each row, in the compute dtype, from which a second pass has
+ * the weights and their logarithms. */
 typedef struct {
     mha_array out, lse, sums;
 } mha_results;
 
-/* The stage after which scores go out: as products, plus the addend; or as weights, for which the
- * sums must be known. */
-enum { MHA_PRODUCTS, MHA_WEIGHTS };
+/* The stage after which scores go out: as products, plus the addend; as scores, natural exponents;
+ * or as weights, for which the sums must be known. */
+enum { MHA_PRODUCTS, MHA_SCORES, MHA_WEIGHTS };
 
 typedef struct {
     mha_array to;
@@ -132,11 +132,21 @@ typedef struct {
     const void *addend;                /* [seqlen_k] in the compute dtype, or NULL */
 } mha_scores_out;
 
+/* Statistics of rows and keys, in dense arrays; rows are [batch][heads][seqlen_q]. */
+typedef struct {
+    void *rows;        /* [rows][2] so far: the greatest score, the entropy; both of base 2 */
+    int64_t *received; /* [batch][heads][seqlen_k][2]: see measure.inc.h */
+    int64_t *top_keys; /* [rows][top], the heaviest first */
+    void *top_weights; /* [rows][top] */
+    idx top;
+} mha_measures;
+
 /* What one call computes; an answer that is not wanted has no data. */
 typedef struct {
     const mha_problem *problem;
     mha_results results;
     mha_scores_out scores;
+    mha_measures measures;
 } mha_job;
 
 /* Where a task's tile is: its rows, the keys that exist, the position of query 0, K and V. */
@@ -238,7 +248,8 @@ typedef struct {
     void (*save)(mha_tile *, void *record); /* put the state aside and start a new one */
     void (*merge)(mha_tile *, const void *record);
     void (*finish)(mha_tile *);
-    void (*write_scores)(mha_tile *); /* of the block at hand, zeros where nothing is visible */
+    void (*write_scores)(mha_tile *); /* of the block at hand, all its keys */
+    void (*measure)(mha_tile *);      /* the same for statistics; NULL: only the other layout can */
 } mha_kernel;
 
 /* What tests and benchmarks ask of an ISA. */

@@ -136,6 +136,7 @@ static void FN(finish_sums)(mha_tile *t, REAL *factor)
             REAL *sums = (REAL *)t->row.sums[i];
             sums[0] = m[i];
             sums[1] = factor[i];
+            sums[2] = (REAL)log2((double)factor[i]);
         }
         if (sinks)
             factor[i] *= ((const REAL *)t->a)[i];

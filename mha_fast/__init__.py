@@ -17,16 +17,19 @@ from .model.projection import linear
 from .plan import Plan, explain
 from .process.config import show_config
 from .process.threads import get_num_threads, set_num_threads
-from .results import AttentionResult
+from .results import AttentionResult, AttentionStats
+from .stats import attention_stats
 from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionResult",
+    "AttentionStats",
     "MultiHeadAttention",
     "Plan",
     "attention",
+    "attention_stats",
     "attention_varlen",
     "explain",
     "get_num_threads",

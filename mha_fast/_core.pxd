@@ -78,6 +78,7 @@ cdef extern from "mha.h" nogil:
 
     enum:
         MHA_PRODUCTS
+        MHA_SCORES
         MHA_WEIGHTS
 
     ctypedef struct mha_scores_out:
@@ -87,10 +88,18 @@ cdef extern from "mha.h" nogil:
         const int64_t *heads_of
         const void *addend
 
+    ctypedef struct mha_measures:
+        void *rows
+        int64_t *received
+        int64_t *top_keys
+        void *top_weights
+        idx top
+
     ctypedef struct mha_job:
         const mha_problem *problem
         mha_results results
         mha_scores_out scores
+        mha_measures measures
 
     ctypedef struct mha_place:
         int rows
@@ -100,6 +109,7 @@ cdef extern from "mha.h" nogil:
         int has_total
 
     ctypedef struct mha_tile:
+        const mha_job *job
         idx next_task
         idx first_block
         idx last_block
@@ -119,6 +129,7 @@ cdef extern from "mha.h" nogil:
         void (*merge)(mha_tile *, const void *record) noexcept nogil
         void (*finish)(mha_tile *) noexcept nogil
         void (*write_scores)(mha_tile *) noexcept nogil
+        void (*measure)(mha_tile *) noexcept nogil
 
     ctypedef struct mha_probe:
         void (*exp2)(const void *x, void *y, idx n) noexcept nogil

@@ -2,8 +2,8 @@
 """The algorithm: what is computed for a tile of query rows, block by block of keys.
 
 Around it: _team.pxi plans a call and shares its tasks out among threads; _question.pxi makes a
-question of a call's arguments, _arrays.pxi descriptions of its arrays, _linear.pxi products of
-scores; _settings.pxi is what the process has chosen.
+question of a call's arguments, _values.pxi and _arrays.pxi C of its values and arrays,
+_linear.pxi products of scores; _settings.pxi is what the process has chosen.
 """
 
 import os
@@ -55,17 +55,18 @@ cdef bint attend(call_state *call, idx tile_index, idx chunk) noexcept nogil:
         merge_total(kernel, tile)
         kernel.finish(tile)                                # O / sum, log-sum-exp
         revisit(kernel, tile, 0, call.plan.blocks)         # exp(S - max) / sum
+        measure(kernel, tile)
     return True
 
 
 cdef bint project(call_state *call, idx tile_index, idx chunk) noexcept nogil:
-    """One tile of rows times some blocks of outputs of a linear layer: scores that go out."""
+    """One tile of rows times some blocks of keys, or outputs of a linear layer: scores go out."""
     cdef idx first = chunk * call.plan.chunk
     cdef const mha_kernel *kernel = kernel_of(call, tile_index)
     cdef mha_tile *tile = kernel.begin(call.job, tile_index)
     if tile == NULL:
         return False
-    revisit(kernel, tile, first, min(first + call.plan.chunk, tile.last_block))
+    revisit(kernel, tile, first, min(first + call.plan.chunk, call.plan.blocks))
     return True
 
 
@@ -89,7 +90,17 @@ cdef void revisit(const mha_kernel *kernel, mha_tile *tile, idx first, idx last)
         kernel.write_scores(tile)
 
 
+cdef void measure(const mha_kernel *kernel, mha_tile *tile) noexcept nogil:
+    """The same for statistics."""
+    cdef idx block, first = tile.first_block
+    for block in range(first, tile.last_block if tile.job.measures.rows != NULL else first):
+        if kernel.scores_block(tile, block):
+            kernel.measure(tile)
+
+
 cdef const mha_kernel *kernel_of(call_state *call, idx tile_index) noexcept nogil:
+    if call.job.measures.rows != NULL:
+        return call.kernels.queries_in_lanes
     return layout_of(call.job.problem, call.kernels, tile_index)
 
 
@@ -146,5 +157,6 @@ cdef char *record_of(call_state *call, idx tile_index, idx slot) noexcept nogil:
 include "_settings.pxi"
 include "_team.pxi"
 include "_arrays.pxi"
+include "_values.pxi"
 include "_question.pxi"
 include "_linear.pxi"

@@ -13,7 +13,7 @@ cdef int64_t farthest = FARTHEST
 cdef double least_softcap = 2.0 ** -64, most_softcap = 2.0 ** 64
 cdef enum:
     ARRAYS = 9      # of a question
-cdef object np_bool = np.bool_, np_integer = np.integer, np_floating = np.floating
+    ANSWERS = 4     # that are described
 
 
 @cython.final
@@ -180,10 +180,9 @@ cdef class Question:
         """
         cdef const mha_sizes *n = &self.p.n
         cdef mha_job job
-        cdef idx batch_bytes[4][MHA_MAX_AXES]
+        cdef idx batch_bytes[ANSWERS][MHA_MAX_AXES]
         cdef int64_t limit = 0
         cdef int wants_lse = flag(return_lse), wants_weights = flag(return_weights)
-        cdef int real = compute_dtype(self.dtype)
         if not self.plain or wants_lse < 0 or wants_weights < 0:
             return NotImplemented
         if threads is not None and not (integer(threads, &limit) and 0 < limit < 1 << 30):
@@ -192,20 +191,48 @@ cdef class Question:
             out = new_array(n, self.ndim, self.heads, n.head_dim_v, self.dtype)
         elif not self.can_write(out):
             return NotImplemented
-        memset(&job, 0, sizeof(job))
-        job.results.out.batch_bytes = batch_bytes[0]
-        job.results.lse.batch_bytes = batch_bytes[1]
-        job.results.sums.batch_bytes = batch_bytes[2]
-        job.scores.to.batch_bytes = batch_bytes[3]
-        lse = self.set_answers(&job, out, wants_lse)
+        self.begin_job(&job, batch_bytes[0])
+        lse = self.set_results(&job, out, wants_lse)
         weights = None
         if wants_weights:
-            sums = new_array(n, max(self.ndim, 3), self.heads, 2, real)
-            describe(n, &job.results.sums, sums, self.heads, n.seqlen_q, 2, 3)
-            weights = self.new_weights(&job.scores, heads_of, rows_of)
+            sums = self.set_sums(&job)
+            weights = self.new_scores(&job.scores, MHA_WEIGHTS, heads_of, rows_of)
         if n.batch and self.heads and n.seqlen_q:
             carry_out(&job, kernels_of(self.dtype), attend, <int>limit)
         return (out, lse, weights) if wants_lse or wants_weights else out
+
+    def scores(self, threads=None):
+        """What enters the softmax, as one array: -inf where a key is hidden."""
+        cdef mha_job job
+        cdef idx batch_bytes[ANSWERS][MHA_MAX_AXES]
+        self.begin_job(&job, batch_bytes[0])
+        scores = self.new_scores(&job.scores, MHA_SCORES, None, None)
+        if scores.size:
+            carry_out(&job, kernels_of(self.dtype), project, threads or 0)
+        return scores
+
+    def measure(self, idx top, threads=None):
+        """The lse, and what mha_measures holds: rows, received, top_keys, top_weights."""
+        cdef const mha_sizes *n = &self.p.n
+        cdef mha_job job
+        cdef idx batch_bytes[ANSWERS][MHA_MAX_AXES]
+        cdef int axes = max(self.ndim, 3), real = compute_dtype(self.dtype)
+        self.begin_job(&job, batch_bytes[0])
+        out = new_array(n, self.ndim, self.heads, n.head_dim_v, self.dtype)
+        lse, sums = self.set_results(&job, out, True), self.set_sums(&job)
+        rows = new_array(n, self.ndim, self.heads, 2, real)
+        rows[..., 0], rows[..., 1] = -np.inf, 0
+        received = np.zeros((*lse.shape[:-1], n.seqlen_k, 2), np.int64)
+        top_keys = np.full((*lse.shape, top), -1, np.int64)
+        top_weights = np.zeros((*lse.shape, top), lse.dtype)
+        job.measures.rows = cnp.PyArray_DATA(rows)
+        job.measures.received = <int64_t *>cnp.PyArray_DATA(received)
+        job.measures.top_keys = <int64_t *>cnp.PyArray_DATA(top_keys)
+        job.measures.top_weights = cnp.PyArray_DATA(top_weights)
+        job.measures.top = top
+        if rows.size:
+            carry_out(&job, kernels_of(self.dtype), attend, threads or 0)
+        return lse, rows, received, top_keys, top_weights
 
     def plan(self, threads=None):
         """What `attend` would do, as a dict: nothing is computed but which blocks tiles can see."""
@@ -243,16 +270,30 @@ cdef class Question:
             "blocks_visited": visited,
         }
 
-    cdef object set_answers(self, mha_job *job, cnp.ndarray out, bint wants_lse):
+    cdef void begin_job(self, mha_job *job, idx *batch_bytes) noexcept:
+        """A job of this question, with room for its answers' strides."""
+        memset(job, 0, sizeof(job[0]))
+        job.problem = &self.p
+        job.results.out.batch_bytes = batch_bytes
+        job.results.lse.batch_bytes = batch_bytes + MHA_MAX_AXES
+        job.results.sums.batch_bytes = batch_bytes + 2 * MHA_MAX_AXES
+        job.scores.to.batch_bytes = batch_bytes + 3 * MHA_MAX_AXES
+
+    cdef object set_results(self, mha_job *job, cnp.ndarray out, bint wants_lse):
         """Fill in a job; the lse, or None."""
         cdef const mha_sizes *n = &self.p.n
-        job.problem = &self.p
         describe(n, &job.results.out, out, self.heads, n.seqlen_q, n.head_dim_v, 3)
         if not wants_lse:
             return None
         lse = new_array(n, self.ndim, self.heads, -1, compute_dtype(self.dtype))
         describe(n, &job.results.lse, lse, self.heads, n.seqlen_q, 1, 2)
         return lse
+
+    cdef object set_sums(self, mha_job *job):
+        cdef const mha_sizes *n = &self.p.n
+        sums = new_array(n, max(self.ndim, 3), self.heads, 3, compute_dtype(self.dtype))
+        describe(n, &job.results.sums, sums, self.heads, n.seqlen_q, 3, 3)
+        return sums
 
     cdef bint can_write(self, object out):
         """Is it an array of the result's dtype and shape, of memory of its own?"""
@@ -271,9 +312,9 @@ cdef class Question:
         return not (overlaps_itself(out) or overlap(out, self.q) or overlap(out, self.k)
                     or overlap(out, self.v) or overlap(out, self.mask) or overlap(out, self.bias))
 
-    cdef object new_weights(self, mha_scores_out *scores, cnp.ndarray heads_of,
-                            cnp.ndarray rows_of):
-        """An array for the weights of the heads and rows that have a place."""
+    cdef object new_scores(self, mha_scores_out *scores, int stage, cnp.ndarray heads_of,
+                           cnp.ndarray rows_of):
+        """An array for the scores or weights of the heads and rows that have a place."""
         cdef const mha_sizes *n = &self.p.n
         cdef idx heads = self.heads, rows = n.seqlen_q
         if heads_of is not None:
@@ -284,10 +325,10 @@ cdef class Question:
             rows = np.count_nonzero(rows_of >= 0)
         shape = [n.batch_shape[i] for i in range(n.batch_axes)]
         shape += ([heads] if self.ndim > 2 else []) + [rows, n.seqlen_k]
-        weights = np.empty(shape, np.float64 if self.dtype == MHA_F64 else np.float32)
-        scores.stage = MHA_WEIGHTS
-        describe(n, &scores.to, weights, heads, rows, n.seqlen_k, 3)
-        return weights
+        to = np.empty(shape, np.float64 if self.dtype == MHA_F64 else np.float32)
+        scores.stage = stage
+        describe(n, &scores.to, to, heads, rows, n.seqlen_k, 3)
+        return to
 
 
 def attend_together(list questions, list outs, bint return_lse, threads):
@@ -310,7 +351,8 @@ def attend_together(list questions, list outs, bint return_lse, threads):
         call.num_parts = count
         for i in range(count):
             question = questions[i]
-            lses.append(question.set_answers(&jobs[i], outs[i], return_lse))
+            jobs[i].problem = &question.p
+            lses.append(question.set_results(&jobs[i], outs[i], return_lse))
             call.parts[i].job, call.parts[i].kernels = &jobs[i], kernels_of(question.dtype)
             work += work_of(&question.p)
         if count:
@@ -335,49 +377,3 @@ def ask(q, k, v, mask=None, *, bias=None, causal=False, q_offset=None, window=No
     question.plain = (question.set_arrays() and question.set_spans() and question.set_scoring()
                       and question.set_weighing())
     return question
-
-
-# ---- Plain values: 1 or True where it is one -----------------------------------------------------
-
-
-cdef int flag(object x) noexcept:
-    """A bool as 0 or 1; -1: it is none."""
-    if x is True or x is False:
-        return x is True
-    return bool(x) if type(x) is np_bool else -1
-
-
-cdef bint integer(object x, int64_t *value):
-    cdef int overflow = 0
-    if type(x) is not int:
-        if not isinstance(x, np_integer):
-            return False
-        x = int(x)
-    value[0] = PyLong_AsLongLongAndOverflow(x, &overflow)
-    return not overflow
-
-
-cdef bint side(object x, idx *value):
-    """One side of a window; None or beyond all positions: it stays open."""
-    cdef int64_t given
-    if x is None:
-        return True
-    if not integer(x, &given) or given < 0:
-        return False
-    if given <= farthest:
-        value[0] = given
-    return True
-
-
-cdef bint number(object x, double *value):
-    """A finite real number."""
-    cdef int64_t whole
-    if isinstance(x, float):
-        value[0] = x
-    elif integer(x, &whole):
-        value[0] = <double>whole
-    elif isinstance(x, np_floating):
-        value[0] = float(x)
-    else:
-        return False
-    return isfinite(value[0])

@@ -117,6 +117,15 @@ def positive_int(name, x, expected="a positive int"):
     return int(x)
 
 
+def non_negative_int(name, x):
+    """`x` as an int of at least 0."""
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} is {x!r}, expected an int")
+    if x < 0:
+        raise ValueError(f"{name} is {x}, expected at least 0")
+    return int(x)
+
+
 def thread_count(name, count):
     """A positive int, or None."""
     if count is None:

@@ -5,7 +5,7 @@ Nothing is checked here, and scores are stored whole, so memory grows with ``seq
 
 import numpy as np
 
-from .results import AttentionResult, named_result
+from .results import AttentionResult, AttentionStats, named_result
 
 
 def attention(
@@ -92,6 +92,26 @@ def attention(
         out = np.empty(result.shape, dtype)
     out[...] = result
     return named_result(out, lse if return_lse else None, weights if return_weights else None)
+
+
+def attention_stats(q, k, v, mask=None, *, top=0, threads=None, **options):
+    """Statistics of the weights; see `mha_fast.attention_stats`."""
+    result = attention(q, k, v, mask, return_lse=True, return_weights=True, **options)
+    weights = result.weights
+    with np.errstate(divide="ignore", invalid="ignore"):
+        best = result.lse + np.log(weights.max(axis=-1, initial=0))
+        bits = np.where(weights == 0, 0, weights * np.log(weights))
+    keys = np.argsort(-weights, axis=-1, kind="stable")[..., :top]
+    heaviest = np.take_along_axis(weights, keys, axis=-1)
+    missing = [(0, 0)] * (keys.ndim - 1) + [(0, top - keys.shape[-1])]
+    return AttentionStats(
+        max=best,
+        lse=result.lse,
+        entropy=-bits.sum(axis=-1),
+        received=weights.sum(axis=-2),
+        top_keys=np.pad(np.where(heaviest > 0, keys, -1), missing, constant_values=-1),
+        top_weights=np.pad(heaviest, missing),
+    )
 
 
 def attention_varlen(

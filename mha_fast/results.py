@@ -1,7 +1,10 @@
-"""What attention returns that is asked for more than one array: a named tuple of these fields."""
+"""What is returned where more than one array is asked for: named tuples."""
 
 from collections import namedtuple
 from itertools import compress, product
+from typing import NamedTuple
+
+import numpy as np
 
 FIELDS = ("lse", "weights")
 
@@ -29,3 +32,32 @@ TYPES = {
     for asked in product([False, True], repeat=len(FIELDS))
 }
 AttentionResult = TYPES[True, False].__self__
+
+
+class AttentionStats(NamedTuple):
+    """Statistics of attention; arrays in the compute dtype.
+
+    Attributes
+    ----------
+    max : ndarray, shape (..., heads, seqlen_q)
+        The greatest score of each row among its keys, -inf for a row that sees none.
+    lse : ndarray, shape (..., heads, seqlen_q)
+        The log-sum-exp of its scores, as `attention` returns it.
+    entropy : ndarray, shape (..., heads, seqlen_q)
+        ``-sum(w * log(w))`` of its weights, in nats: 0 where one key has all, ``log(n)`` where n
+        keys share alike.
+    received : ndarray, shape (..., heads, seqlen_k)
+        What the rows of a head give to each key: the sum of its weights, to 2**-41 a row.
+    top_keys : ndarray of int64, shape (..., heads, seqlen_q, top)
+        The heaviest keys of each row, the heaviest first, of equal ones the first; -1 where a row
+        has no more keys of weight.
+    top_weights : ndarray, shape (..., heads, seqlen_q, top)
+        Their weights, 0 where there is no key.
+    """
+
+    max: np.ndarray
+    lse: np.ndarray
+    entropy: np.ndarray
+    received: np.ndarray
+    top_keys: np.ndarray
+    top_weights: np.ndarray

@@ -45,6 +45,12 @@ mha_fast.attention(q, k, v, mask, threads=2, out=out)
 print(peak() - before)
 """
 
+STATS = """
+before = peak()
+stats = mha_fast.attention_stats(q, k, v, mask, threads=2, top=8)
+print(peak() - before - 3 * sum(x.nbytes for x in stats))
+"""
+
 NAIVE = """
 before = peak()
 s = q[0, 0, :4096] @ k[0, 0, :4096].T
@@ -55,6 +61,12 @@ print(peak() - before)
 @pytest.mark.parametrize("mask", [False, True], ids=["no mask", "bool mask"])
 def test_long_sequences_take_little_memory_beside_out(output_of, mask):
     extra = int(output_of(f"MASK = {mask}\n{SETUP}{CALL}", timeout=120))
+    assert extra < THREADS * PER_THREAD
+
+
+def test_statistics_are_streamed(output_of):
+    """Beside their arrays, which are converted once."""
+    extra = int(output_of(f"MASK = False\n{SETUP}{STATS}", timeout=120))
     assert extra < THREADS * PER_THREAD
 
 
