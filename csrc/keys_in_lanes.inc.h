@@ -136,16 +136,13 @@ static void FN(keys_value_tail)(const mha_tile *t, int begin, int end, int row, 
     const idx size = FN(size_of)(v->dtype);
     const REAL *p = (const REAL *)t->block.s + row * SCORE_ROW;
     REAL *part = (REAL *)t->block.o + row * t->problem->n.head_dim_v + d;
-    vec acc = n == VLEN ? v_load(part) : v_load_n(part, n);
+    vec acc = FN(load_some)(part, n);
     for (int j = begin; j < end; j++)
         if (!guarded || p[j] != 0 || !signbit(p[j]))
             acc = v_fma(
                 v_set1(p[j]),
                 FN(load_up_to)((const char *)v->data + (j * v->row + d) * size, n, v->dtype), acc);
-    if (n == VLEN)
-        v_store(part, acc);
-    else
-        v_store_n(part, acc, n);
+    FN(store_some)(part, acc, n);
 }
 
 static ALWAYS_INLINE void FN(keys_value_rows)(const mha_tile *t, int begin, int end, int guarded,

@@ -48,6 +48,8 @@ enum {
      * rounds is the number of merges in a row, 16 + n / 16 for n blocks. Changing it changes bits.
      */
     MHA_RUN = 16,
+    /* Rows per task of a rotation: their angles stay in the cache for all heads. */
+    MHA_ROTARY_ROWS = 64,
 };
 
 #define MHA_OPEN PTRDIFF_MAX /* a window without an edge on that side */
@@ -148,6 +150,16 @@ typedef struct {
     mha_scores_out scores;
     mha_measures measures;
 } mha_job;
+
+/* Rotary embedding of x; rows of cos and sin belong to positions. */
+typedef struct {
+    mha_sizes n; /* kv_heads are all heads, seqlen_q the rows */
+    mha_array x, out;
+    mha_array cos, sin;  /* (a position's row, pairs), in the compute dtype, dense rows */
+    mha_array positions; /* int64 (rows) */
+    idx pairs;
+    int interleaved; /* neighbours are pairs, else halves */
+} mha_rotation;
 
 /* Where a task's tile is: its rows, the keys that exist, the position of query 0, K and V. */
 typedef struct {
@@ -265,6 +277,7 @@ typedef struct {
     const mha_kernel *queries_in_lanes;
     const mha_kernel *keys_in_lanes; /* for tiles of at most its `lanes` rows */
     const mha_probe *probe;
+    int (*rotate)(const mha_rotation *, idx task); /* 0: out of memory */
 } mha_kernels;
 
 typedef struct {
@@ -287,6 +300,7 @@ const mha_isa *mha_isa_at(int i);
 int mha_isa_usable(int i);
 
 /* tile.c: geometry, free of dtype and ISA. */
+idx mha_batch_offset(const mha_sizes *n, const mha_array *a, idx batch);
 idx mha_tile_count(const mha_problem *problem, int lanes);
 mha_place mha_place_of(const mha_problem *problem, idx task, int lanes);
 void mha_tile_begin(mha_tile *tile, const mha_job *job, idx task, int lanes, int vlen);

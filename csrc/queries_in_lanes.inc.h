@@ -47,7 +47,7 @@ static ALWAYS_INLINE void FN(score_chunk)(const FN(rule) * rule, REAL *s, int be
                 v[k][i] = i < n ? v_set1(row[0][j + i]) : v_set1(0);
         } else {
             EACH (i, VLEN) {
-                v[k][i] = n == VLEN ? v_load(row[i] + j) : v_load_n(row[i] + j, n);
+                v[k][i] = FN(load_some)(row[i] + j, n);
                 PREFETCH(row[i] + j + AHEAD);
             }
             v_transpose(v[k]);

@@ -28,8 +28,12 @@ static void FN(write_row)(char *dst, const REAL *src, idx stride, idx n, int dty
 #define MHA_DTYPE(name, bytes, read, write)                                                        \
     case MHA_##name: {                                                                             \
         void (*put)(char *, double) = write;                                                       \
-        for (idx i = 0; put && i < n; i++)                                                         \
-            put(dst + i * stride, src[i]);                                                         \
+        if (put && stride == (bytes))                                                              \
+            for (idx i = 0; i < n; i++)                                                            \
+                put(dst + i * (bytes), src[i]);                                                    \
+        else                                                                                       \
+            for (idx i = 0; put && i < n; i++)                                                     \
+                put(dst + i * stride, src[i]);                                                     \
         break;                                                                                     \
     }
 #include "dtype.def"
@@ -68,6 +72,20 @@ static ALWAYS_INLINE vec FN(load_up_to)(const char *p, int n, int dtype)
 
 static ALWAYS_INLINE idx FN(size_of)(int dtype) { return dtype == DTYPE ? sizeof(REAL) : 2; }
 
+/* n is a constant where it is VLEN: what is masked takes longer. */
+static ALWAYS_INLINE vec FN(load_some)(const REAL *p, int n)
+{
+    return n == VLEN ? v_load(p) : v_load_n(p, n);
+}
+
+static ALWAYS_INLINE void FN(store_some)(REAL *p, vec x, int n)
+{
+    if (n == VLEN)
+        v_store(p, x);
+    else
+        v_store_n(p, x, n);
+}
+
 /* One piece of at most VLEN keys by VLEN dims; both constants where they are VLEN. */
 static ALWAYS_INLINE void FN(copy_piece)(REAL *copy, idx cols, const char *src, idx stride,
                                          int keys, int dims, int dtype)
@@ -79,12 +97,8 @@ static ALWAYS_INLINE void FN(copy_piece)(REAL *copy, idx cols, const char *src, 
     }
     v_transpose(v);
     EACH (i, VLEN)
-        if (i < keys) {
-            if (dims == VLEN)
-                v_store(copy + i * cols, v[i]);
-            else
-                v_store_n(copy + i * cols, v[i], dims);
-        }
+        if (i < keys)
+            FN(store_some)(copy + i * cols, v[i], dims);
 }
 
 /* Rows whose columns lie side by side, as in a view of a transposed array: by vectors of keys,
@@ -146,7 +160,7 @@ static ALWAYS_INLINE void FN(into_lanes)(const REAL *const *row, idx d, int n, c
 {
     vec v[VLEN];
     EACH (i, VLEN)
-        v[i] = n == VLEN ? v_load(row[i] + d) : v_load_n(row[i] + d, n);
+        v[i] = FN(load_some)(row[i] + d, n);
     v_transpose(v);
     EACH (c, VLEN)
         v_store(lanes + c * stride, scale ? v_mul(v[c], *scale) : v[c]);
@@ -173,10 +187,6 @@ static ALWAYS_INLINE void FN(from_lanes)(const REAL *lanes, vec scale, REAL *con
         v[c] = v_fma(v_load(lanes + c * LANES), scale, v_set1(0));
     v_transpose(v);
     EACH (i, VLEN)
-        if (i < live) {
-            if (n == VLEN)
-                v_store(row[i] + d, v[i]);
-            else
-                v_store_n(row[i] + d, v[i], n);
-        }
+        if (i < live)
+            FN(store_some)(row[i] + d, v[i], n);
 }

@@ -28,7 +28,7 @@ idx mha_tile_count(const mha_problem *p, int lanes)
 
 /* Byte offset of batch entry `batch` in an array, by its broadcast strides. One batch axis, the
  * common case, takes no division. */
-static idx batch_offset(const mha_sizes *n, const mha_array *a, idx batch)
+idx mha_batch_offset(const mha_sizes *n, const mha_array *a, idx batch)
 {
     idx offset = 0;
     for (int axis = n->batch_axes - 1; axis > 0; axis--) {
@@ -40,12 +40,12 @@ static idx batch_offset(const mha_sizes *n, const mha_array *a, idx batch)
 
 static const char *of_batch(const mha_sizes *n, const mha_array *a, idx batch)
 {
-    return a->data ? a->data + batch_offset(n, a, batch) : NULL;
+    return a->data ? a->data + mha_batch_offset(n, a, batch) : NULL;
 }
 
 static idx integer_of(const mha_sizes *n, const mha_array *a, idx batch, idx otherwise)
 {
-    return a->data ? (idx) * (const int64_t *)(a->data + batch_offset(n, a, batch)) : otherwise;
+    return a->data ? (idx) * (const int64_t *)(a->data + mha_batch_offset(n, a, batch)) : otherwise;
 }
 
 /* Task order: (batch, KV head) outside, so that neighbours in time share K and V in the cache;
@@ -59,8 +59,8 @@ mha_place mha_place_of(const mha_problem *p, idx task, int lanes)
     at.rows = (int)min(lanes, n->group_size * n->seqlen_q - at.first_row);
     at.length = clamp(integer_of(n, &p->spans.kv_lengths, at.batch, n->seqlen_k), 0, n->seqlen_k);
     at.offset = integer_of(n, &p->spans.q_offset, at.batch, at.length - n->seqlen_q);
-    at.k = p->k.data + batch_offset(n, &p->k, at.batch) + at.kv_head * p->k.head_bytes;
-    at.v = p->v.data + batch_offset(n, &p->v, at.batch) + at.kv_head * p->v.head_bytes;
+    at.k = p->k.data + mha_batch_offset(n, &p->k, at.batch) + at.kv_head * p->k.head_bytes;
+    at.v = p->v.data + mha_batch_offset(n, &p->v, at.batch) + at.kv_head * p->v.head_bytes;
     at.slopes = of_batch(n, &p->scoring.slopes, at.batch);
     at.sinks = of_batch(n, &p->weighing.sinks, at.batch);
     return at;
@@ -85,7 +85,7 @@ static mha_reach reach_of(const mha_tile *t, int first, int last)
 /* Where the tile's rows are in an array; NULL where there is no array. */
 static void point_at_rows(const mha_tile *t, const mha_array *a, char **row)
 {
-    char *base = a->data ? a->data + batch_offset(&t->problem->n, a, t->place.batch) : NULL;
+    char *base = a->data ? a->data + mha_batch_offset(&t->problem->n, a, t->place.batch) : NULL;
     for (int lane = 0; lane < t->lanes; lane++)
         row[lane] =
             base ? base + t->row.head[lane] * a->head_bytes + t->row.query[lane] * a->row_bytes
@@ -97,7 +97,7 @@ static int point_at_scores(mha_tile *t)
 {
     const mha_scores_out *scores = &t->job->scores;
     const mha_array *to = &scores->to;
-    char *base = to->data + batch_offset(&t->problem->n, to, t->place.batch);
+    char *base = to->data + mha_batch_offset(&t->problem->n, to, t->place.batch);
     int any = 0;
     for (int lane = 0; lane < t->lanes; lane++) {
         const idx h = t->row.head[lane], q = t->row.query[lane];
@@ -233,7 +233,7 @@ static void add_stream(mha_tile *t, const mha_array *a, const char *row, idx row
 static void add_rows_of(mha_tile *t, const mha_place *at, const mha_array *a, idx cols)
 {
     const char *head =
-        a->data + batch_offset(&t->problem->n, a, at->batch) + at->kv_head * a->head_bytes;
+        a->data + mha_batch_offset(&t->problem->n, a, at->batch) + at->kv_head * a->head_bytes;
     add_stream(t, a, head + at->first_row * a->row_bytes, at->rows, cols);
 }
 

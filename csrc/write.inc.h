@@ -29,12 +29,8 @@ static ALWAYS_INLINE void FN(write_chunk)(int stage, const REAL *s, REAL (*sums)
     }
     v_transpose(v);
     EACH (i, VLEN)
-        if (row[i]) {
-            if (n == VLEN)
-                v_store(row[i] + j, v[i]);
-            else
-                v_store_n(row[i] + j, v[i], n);
-        }
+        if (row[i])
+            FN(store_some)(row[i] + j, v[i], n);
 }
 
 static int FN(keys_of_block)(const mha_tile *t)

@@ -14,6 +14,7 @@ from . import heads, reference
 from .merging import merge
 from .model.layer import MultiHeadAttention
 from .model.projection import linear
+from .model.rotary import rotary, rotary_tables
 from .plan import Plan, explain
 from .process.config import show_config
 from .process.threads import get_num_threads, set_num_threads
@@ -37,6 +38,8 @@ __all__ = [
     "linear",
     "merge",
     "reference",
+    "rotary",
+    "rotary_tables",
     "set_num_threads",
     "show_config",
 ]

@@ -16,6 +16,7 @@ cdef extern from "mha.h" nogil:
         MHA_MAX_TERMS
         MHA_KEY_BLOCK
         MHA_RUN
+        MHA_ROTARY_ROWS
         MHA_BOOL
         MHA_F16
         MHA_BF16
@@ -101,6 +102,16 @@ cdef extern from "mha.h" nogil:
         mha_scores_out scores
         mha_measures measures
 
+    ctypedef struct mha_rotation:
+        mha_sizes n
+        mha_array x
+        mha_array out
+        mha_array cos
+        mha_array sin
+        mha_array positions
+        idx pairs
+        bint interleaved
+
     ctypedef struct mha_place:
         int rows
 
@@ -142,6 +153,7 @@ cdef extern from "mha.h" nogil:
         const mha_kernel *queries_in_lanes
         const mha_kernel *keys_in_lanes
         const mha_probe *probe
+        int (*rotate)(const mha_rotation *, idx task) noexcept nogil
 
     ctypedef struct mha_isa:
         const char *name

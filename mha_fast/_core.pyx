@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """The algorithm: what is computed for a tile of query rows, block by block of keys.
 
-Around it: _team.pxi plans a call and shares its tasks out among threads; _question.pxi makes a
-question of a call's arguments, _values.pxi and _arrays.pxi C of its values and arrays,
-_linear.pxi products of scores; _settings.pxi is what the process has chosen.
+Around it: _plan.pxi plans a call, _team.pxi shares its tasks out among threads; _question.pxi
+makes a question of a call's arguments, _values.pxi and _arrays.pxi C of its values and arrays,
+_linear.pxi products of scores, _rotary.pxi turned rows; _settings.pxi is what the process chose.
 """
 
 import os
@@ -156,7 +156,9 @@ cdef char *record_of(call_state *call, idx tile_index, idx slot) noexcept nogil:
 
 include "_settings.pxi"
 include "_team.pxi"
+include "_plan.pxi"
 include "_arrays.pxi"
 include "_values.pxi"
 include "_question.pxi"
 include "_linear.pxi"
+include "_rotary.pxi"

@@ -222,9 +222,10 @@ cdef class Question:
         lse, sums = self.set_results(&job, out, True), self.set_sums(&job)
         rows = new_array(n, self.ndim, self.heads, 2, real)
         rows[..., 0], rows[..., 1] = -np.inf, 0
-        received = np.zeros((*lse.shape[:-1], n.seqlen_k, 2), np.int64)
-        top_keys = np.full((*lse.shape, top), -1, np.int64)
-        top_weights = np.zeros((*lse.shape, top), lse.dtype)
+        *outer, seqlen_q = lse.shape
+        received = np.zeros((*outer, n.seqlen_k, 2), np.int64)
+        top_keys = np.full((*outer, seqlen_q, top), -1, np.int64)
+        top_weights = np.zeros((*outer, seqlen_q, top), lse.dtype)
         job.measures.rows = cnp.PyArray_DATA(rows)
         job.measures.received = <int64_t *>cnp.PyArray_DATA(received)
         job.measures.top_keys = <int64_t *>cnp.PyArray_DATA(top_keys)

@@ -66,14 +66,14 @@ def check_broadcast(name, shape, target, axes):
         )
 
 
-def integers(name, x, batch, low, high):
-    """An int or ints per batch row, as int64."""
+def integers(name, x, target, low, high, axes="the batch axes"):
+    """An int, or ints that broadcast to the shape `target`, as int64."""
     if x is None:
         return None
     x = np.asarray(x)
     if x.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {x.dtype}, expected integers")
-    check_broadcast(name, x.shape, batch, "the batch axes")
+    check_broadcast(name, x.shape, target, axes)
     if x.size and not (low <= int(x.min()) and int(x.max()) <= high):
         raise ValueError(f"{name} holds {int(x.min())} to {int(x.max())}, expected {low} to {high}")
     return x.astype(np.int64, order="C")

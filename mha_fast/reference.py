@@ -168,6 +168,37 @@ def merge(outs, lses):
     return AttentionResult(out.astype(dtype), np.broadcast_to(lse[..., 0], rows).copy())
 
 
+def rotary(x, cos, sin, *, interleaved=False, positions=None, out=None, threads=None):
+    """Pairs of each row turned by the angles of its position; see `mha_fast.rotary`.
+
+    Examples
+    --------
+    >>> rotary([[3.0, 4.0]], [[0.0]], [[1.0]])
+    array([[-4.,  3.]])
+    """
+    (x,), dtype, compute = _floats(x)
+    batch, seqlen = x.shape[:-3], x.shape[-2]
+    at = np.arange(seqlen) if positions is None else np.asarray(positions)
+    at = np.broadcast_to(at, (*batch, seqlen))[..., None]
+    tables = (np.asarray(a, compute) for a in (cos, sin))
+    tables = (np.broadcast_to(a, batch + a.shape[-2:]) for a in tables)
+    cos, sin = (np.take_along_axis(a, at, axis=-2) for a in tables)
+    if x.ndim > 2:
+        cos, sin = cos[..., None, :, :], sin[..., None, :, :]
+    pairs = cos.shape[-1]
+    turned = x.copy()
+    first, second = slice(pairs), slice(pairs, 2 * pairs)
+    if interleaved:
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    a, b = x[..., first], x[..., second]
+    turned[..., first] = a * cos - b * sin
+    turned[..., second] = b * cos + a * sin
+    if out is None:
+        return turned.astype(dtype)
+    out[...] = turned
+    return out
+
+
 def _positions(seqlen_q, seqlen_k, q_offset, kv_lengths):
     """How many keys exist, and how far each is from each query: (batch..., 1, rows, keys)."""
     length = np.asarray(seqlen_k if kv_lengths is None else kv_lengths, np.int64)

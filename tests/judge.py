@@ -65,6 +65,14 @@ def assert_within(error, bound, what):
         )
 
 
+def assert_near(result, expected, size, what="results"):
+    """Equal but for FACTOR roundings of numbers of that size; infinities are equal."""
+    with np.errstate(invalid="ignore"):
+        error = np.where(result == expected, 0, np.abs(result - expected))
+    bound = FACTOR * np.finfo(compute_dtype(result.dtype)).eps * size
+    assert_within(error, np.broadcast_to(bound, error.shape), what)
+
+
 def assert_accurate(result, q, k, v, mask=None, *, out64=None, **options):
     """`result` is `out` or a named tuple: |out - out64| <= FACTOR (1 + max|score|) eps
     sum p|v|, and one rounding to the storage dtype."""

@@ -124,8 +124,8 @@ def test_parameters_are_counted_in_every_kind_of_function():
     assert ("multiply", 6) in parameters(product) and ("product_tile", 6) in parameters(product)
     words = (CSRC / "isa" / "avx2.c").read_text()
     assert ("v_fma", 3) in parameters(words) and ("v_if_less", 4) in parameters(words)
-    team = (ROOT / "mha_fast" / "_team.pxi").read_text()
-    assert ("plan_of", 4) in parameters(team) and ("claim_threads", 1) in parameters(team)
+    plan, team = ((ROOT / "mha_fast" / f"_{x}.pxi").read_text() for x in ("plan", "team"))
+    assert ("plan_of", 4) in parameters(plan) and ("claim_threads", 1) in parameters(team)
     guilty = "static int f(int a, int b, int c, int d,\n    int e, int f, int g, int h)\n{\n}\n"
     assert list(parameters(guilty)) == [("f", 8)]
 
