@@ -3,9 +3,10 @@
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-from .. import reference
-from ..arguments import check_broadcast, compute_dtype, integers
+from .._core import ask
+from ..arguments import check_broadcast, integers
 from ..attention import attention
+from ..options import checked
 from .heads import pack_heads, split_heads
 
 SCORE_OPTIONS = [("scale",), ("scale", "softcap"), None]  # of each mode; None: all options
@@ -119,14 +120,15 @@ class Attention(OpRun):
             return attention(*arrays, **options, return_weights=True)
         stage = SCORE_OPTIONS[mode]
         kept = {name: x for name, x in options.items() if stage is None or name in stage}
-        return attention(*arrays, **options), _scores(*arrays, **kept)
+        return attention(*arrays, **options), checked(ask(*arrays, **kept)).scores()
 
     def asks_for(self, output):
         return len(self.output) > output and self.output[output] != ""
 
     def named(self, *results):
         """The results that have a name in the graph, None in place of the others."""
-        return tuple(x if self.asks_for(i) else None for i, x in enumerate(results))
+        asked = results[: len(self.output)]
+        return tuple(x if self.asks_for(i) else None for i, x in enumerate(asked))
 
     def _check_and_fix_outputs(self, results):
         """The evaluator keeps an output without a name under "", where the next operator looks
@@ -187,21 +189,3 @@ def stored(x, dtype):
     """Rounded to a storage dtype, where what is too large is infinite."""
     with np.errstate(over="ignore"):
         return None if x is None else x.astype(dtype, copy=False)
-
-
-def _scores(q, k, v, mask=None, *, q_offset=None, kv_lengths=None, scale=None, **options):
-    """What enters the softmax, -inf where a key is hidden."""
-    compute = compute_dtype(q, k, v)
-    q, k = q.astype(compute), np.repeat(k.astype(compute), q.shape[1] // k.shape[1], axis=1)
-    s = compute.type(1 / np.sqrt(q.shape[-1]) if scale is None else scale) * (q @ k.mT)
-    if options.get("softcap"):
-        s = compute.type(options["softcap"]) * np.tanh(s / compute.type(options["softcap"]))
-    if "causal" not in options:
-        return s
-    length, distance = reference._positions(*s.shape[-2:], q_offset, kv_lengths)
-    seen = reference._visible(length, distance, options["causal"], options["window"])
-    if mask is not None and mask.dtype == bool:
-        seen = seen & mask
-    elif mask is not None:
-        seen, s = seen & (mask != -np.inf), s + mask.astype(compute)
-    return np.where(seen, s, -np.inf).astype(compute)
