@@ -21,5 +21,13 @@ It needs ``pip install "mha_fast[onnx]"``; ``import mha_fast`` does not load it.
 from .attention import Attention
 from .evaluator import Backend, ReferenceEvaluator, ops
 from .rotary import RotaryEmbedding
+from .scatter import TensorScatter
 
-__all__ = ["Attention", "Backend", "ReferenceEvaluator", "RotaryEmbedding", "ops"]
+__all__ = [
+    "Attention",
+    "Backend",
+    "ReferenceEvaluator",
+    "RotaryEmbedding",
+    "TensorScatter",
+    "ops",
+]

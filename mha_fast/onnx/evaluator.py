@@ -5,8 +5,9 @@ import onnx.reference
 
 from .attention import Attention
 from .rotary import RotaryEmbedding
+from .scatter import TensorScatter
 
-ops = [Attention, RotaryEmbedding]
+ops = [Attention, RotaryEmbedding, TensorScatter]
 
 
 class ReferenceEvaluator(onnx.reference.ReferenceEvaluator):
