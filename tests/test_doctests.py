@@ -18,8 +18,9 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module_run(name):
-    if name.startswith("viz"):
-        pytest.importorskip("matplotlib", reason='pip install "mha_fast[viz]"')
+    for extra, library in (("viz", "matplotlib"), ("onnx", "onnx")):
+        if name.split(".")[0] == extra:
+            pytest.importorskip(library, reason=f'pip install "mha_fast[{extra}]"')
     module = importlib.import_module(f"mha_fast.{name}")
     assert doctest.testmod(module).failed == 0
 
