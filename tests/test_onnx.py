@@ -95,7 +95,7 @@ def last_key_for_all(q, k, v, **options):
 
 @pytest.mark.parametrize(
     ("fault", "least", "word"),
-    [(wide_window, 9, "window"), (tiled_heads, 15, "gqa"), (last_key_for_all, 15, "causal")],
+    [(wide_window, 9, "window"), (tiled_heads, 16, "gqa"), (last_key_for_all, 19, "causal")],
 )
 def test_canary_a_planted_fault_fails_cases(cases, monkeypatch, fault, least, word):
     monkeypatch.setattr("mha_fast.onnx.attention.attention", fault)

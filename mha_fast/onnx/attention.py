@@ -71,7 +71,7 @@ class Attention(OpRun):
     ):
         if not Q.ndim == K.ndim == V.ndim:
             raise ValueError(
-                f"Q, K and V have {Q.ndim}, {K.ndim} and {V.ndim} axes, expected as many"
+                f"Q, K and V have {Q.ndim}, {K.ndim} and {V.ndim} axes, expected the same"
             )
         q = split_heads("Q", Q, "q_num_heads", q_num_heads)
         k = split_heads("K", K, "kv_num_heads", kv_num_heads)
