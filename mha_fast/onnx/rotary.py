@@ -1,9 +1,9 @@
 """The operator RotaryEmbedding."""
 
-import numpy as np
 from onnx.reference.op_run import OpRun
 
-from ..arguments import compute_dtype, integers
+from ..arguments import integers
+from ..model.rotary import rotary
 from .heads import pack_heads, split_heads
 
 
@@ -30,6 +30,7 @@ class RotaryEmbedding(OpRun):
     --------
     A quarter turn at position 1:
 
+    >>> import numpy as np
     >>> x = np.array([[[[1, 2], [3, 4]]]], np.float32)
     >>> cos, sin = np.array([[1], [0]], np.float32), np.array([[0], [1]], np.float32)
     >>> RotaryEmbedding.eval(x, cos, sin, np.array([[0, 1]]))
@@ -59,10 +60,8 @@ class RotaryEmbedding(OpRun):
             )
         rows = (x.shape[0], x.shape[2])
         check_caches(cos_cache, sin_cache, rows if position_ids is None else None, width // 2)
-        if position_ids is None:  # a row of the caches for each token: number the rows
-            position_ids = np.arange(rows[0] * rows[1]).reshape(rows)
-            cos_cache, sin_cache = (c.reshape(-1, width // 2) for c in (cos_cache, sin_cache))
-        positions = integers("position_ids", position_ids, rows, 0, len(cos_cache) - 1)
+        last = len(cos_cache) - 1
+        positions = integers("position_ids", position_ids, rows, 0, last, "(batch, sequence)")
         y = rotary(x, cos_cache, sin_cache, interleaved=bool(interleaved), positions=positions)
         return (y if X.ndim == 4 else pack_heads(y),)
 
@@ -73,17 +72,3 @@ def check_caches(cos, sin, rows, half):
         expected = (*(rows or cos.shape[:1]), half)
         if cache.shape != expected:
             raise ValueError(f"{name} has shape {cache.shape}, expected {expected}")
-
-
-def rotary(x, cos, sin, *, interleaved=False, positions=None):
-    """Turn the first ``2 * cos.shape[-1]`` entries of each head."""
-    compute, half = compute_dtype(x), cos.shape[-1]
-    first, second = slice(half), slice(half, 2 * half)
-    if interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    cos, sin = (table.astype(compute)[positions][..., None, :, :] for table in (cos, sin))
-    a, b = (x[..., part].astype(compute) for part in (first, second))
-    y = x.copy()
-    y[..., first] = cos * a - sin * b
-    y[..., second] = sin * a + cos * b
-    return y
