@@ -15,6 +15,13 @@ from truth import check_attention
 MASKS = ("padding", "lengths", "tril", "bias")
 UNITS = ("flops", "bandwidth", "latency")
 LAYOUTS = ("heads_first", "seq_first", "transposed")
+# Arguments of attention by the number of heads, as Gemma 2, BLOOM, gpt-oss and training set them.
+OPTIONS = {
+    "softcap": lambda heads: {"softcap": 50.0},
+    "alibi": lambda heads: {"alibi_slopes": 2.0 ** (-8 * np.arange(1, heads + 1) / heads)},
+    "sinks": lambda heads: {"sinks": np.linspace(-2, 2, heads)},
+    "dropout": lambda heads: {"dropout_p": 0.1, "seed": 7},
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Case(Problem):
         'lengths': the same lengths, given to mha_fast as ``kv_lengths``.
         'tril': the causal rule given as a boolean (seqlen_q, seqlen_k) array.
         'bias': a float array per head is added to the scores.
+    options : tuple of str
+        Of OPTIONS: what today's models ask for besides.
     weights : bool
         Return the attention weights too.
     dtype : str
@@ -57,6 +66,7 @@ class Case(Problem):
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     mask: str | None = None
+    options: tuple[str, ...] = ()
     weights: bool = False
     dtype: str = "float32"
     layout: str = "heads_first"
@@ -75,6 +85,8 @@ class Case(Problem):
                 raise ValueError(f"{self.name}: {value!r} is not one of {tuple(allowed)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.name}: heads is not a multiple of kv_heads")
+        if unknown := set(self.options) - set(OPTIONS):
+            raise ValueError(f"{self.name}: {unknown} are not in {tuple(OPTIONS)}")
 
     @property
     def group_size(self):
@@ -178,6 +190,8 @@ class Case(Problem):
             inputs["bias"] = normal(rng, shape, self.dtype)
         if self.weights:
             inputs["return_weights"] = True
+        for option in self.options:
+            inputs |= OPTIONS[option](self.heads)
         return inputs
 
     def check(self, inputs, output):
@@ -245,6 +259,13 @@ CASES = (
          unit="bandwidth"),
     Case("decode_transposed", 1, 12, 12, 1, 1024, 64, layout="transposed",
          unit="bandwidth"),
+    # Options: each, and all together, against the plain call.
+    Case("plain_s1024", 1, 8, 8, 1024, 1024, 64),
+    Case("softcap_s1024", 1, 8, 8, 1024, 1024, 64, options=("softcap",)),
+    Case("alibi_s1024", 1, 8, 8, 1024, 1024, 64, options=("alibi",)),
+    Case("sinks_s1024", 1, 8, 8, 1024, 1024, 64, options=("sinks",)),
+    Case("dropout_s1024", 1, 8, 8, 1024, 1024, 64, options=("dropout",)),
+    Case("options_s1024", 1, 8, 8, 1024, 1024, 64, options=tuple(OPTIONS)),
     # What one call costs.
     Case("tiny_h1_s16", 1, 1, 1, 16, 16, 64, unit="latency"),
     Case("tiny_decode", 1, 8, 8, 1, 64, 64, unit="latency"),

@@ -13,6 +13,7 @@ class Problem:
     """What every kind of case has, beside the fields `name`, `dtype` and `unit`."""
 
     weights = False  # whether attention weights are returned too
+    options = ()  # what not every system can say
 
     def possible(self):
         """Whether NumPy can hold the arrays."""

@@ -21,6 +21,7 @@ class System:
 
     name = ""
     packages = ()
+    options = ()  # of a case that it can say
 
     def __init__(self, threads):
         self.threads = threads
@@ -59,12 +60,22 @@ def split_mask(case, inputs):
     return False, case.visible()
 
 
+def bias_of(case, inputs):
+    """What is added to scores, (heads, seqlen_q, seqlen_k), or None."""
+    if "alibi_slopes" not in inputs:
+        return inputs.get("bias")
+    position = np.arange(case.seqlen_q)[:, None] + case.seqlen_k - case.seqlen_q
+    distance = np.abs(position - np.arange(case.seqlen_k))
+    return (-inputs["alibi_slopes"][:, None, None] * distance).astype(inputs["q"].dtype)
+
+
 def merge_bias(case, inputs):
     """Say mask and bias as (causal, one boolean or float 4-D mask or None)."""
     causal, mask = split_mask(case, inputs)
-    if "bias" not in inputs:
+    bias = bias_of(case, inputs)
+    if bias is None:
         return causal, mask
-    bias = inputs["bias"][None]
+    bias = bias[None]
     if mask is not None:
         bias = np.where(mask, bias, np.asarray(-np.inf, bias.dtype))
     return causal, bias
@@ -75,6 +86,7 @@ class MhaFast(System):
 
     name = "mha_fast"
     packages = ("mha_fast",)
+    options = ("softcap", "alibi", "sinks", "dropout")
 
     def __init__(self, threads):
         super().__init__(threads)
@@ -93,6 +105,7 @@ class NumPy(System):
 
     name = "numpy"
     packages = ("numpy",)
+    options = ("softcap", "alibi", "sinks")
 
     def prepare(self, case, inputs):
         if case.score_bytes() > LARGEST_SCORES:
@@ -101,12 +114,13 @@ class NumPy(System):
         if causal:
             visible = case.visible()
         hidden = None if visible is None else ~visible
-        bias = inputs.get("bias")
         tensors = inputs["q"], inputs["k"], inputs["v"]
-        return lambda: self.attention(*tensors, hidden, bias, case.weights)
+        more = {"bias": bias_of(case, inputs), "return_weights": case.weights}
+        more |= {name: inputs.get(name) for name in ("softcap", "sinks")}
+        return lambda: self.attention(*tensors, hidden, **more)
 
     @staticmethod
-    def attention(q, k, v, hidden, bias=None, return_weights=False):
+    def attention(q, k, v, hidden, *, bias=None, softcap=None, sinks=None, return_weights=False):
         dtype = q.dtype
         if dtype.itemsize == 2:  # has no BLAS
             q, k, v = (x.astype(np.float32) for x in (q, k, v))
@@ -117,13 +131,22 @@ class NumPy(System):
         q = q.reshape(batch, kv_heads, rows, head_dim) * np.float32(head_dim**-0.5)
         s = q @ k.swapaxes(-1, -2)
         by_head = s.reshape(batch, heads, seqlen_q, seqlen_k)
+        if softcap is not None:
+            s /= np.float32(softcap)
+            np.tanh(s, out=s)
+            s *= np.float32(softcap)
         if bias is not None:
             by_head += bias
         if hidden is not None:
             np.copyto(by_head, -np.inf, where=hidden)
-        s -= s.max(axis=-1, keepdims=True)
+        most = s.max(axis=-1, keepdims=True)
+        s -= most
         np.exp(s, out=s)
         total = s.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            shape = kv_heads, heads // kv_heads, 1
+            sinks = np.broadcast_to(sinks.reshape(shape), (*shape[:2], seqlen_q))
+            total += np.exp(sinks.reshape(kv_heads, rows, 1) - most).astype(s.dtype)
         if return_weights:
             s /= total
         out = s @ v
@@ -138,6 +161,7 @@ class Torch(System):
 
     name = "torch"
     packages = ("torch",)
+    options = ("alibi",)
 
     def __init__(self, threads):
         super().__init__(threads)
@@ -264,6 +288,7 @@ class OrtAttention(Onnx):
     """onnxruntime's standard Attention of opset 23."""
 
     name = "ort23"
+    options = ("softcap", "alibi")
 
     def prepare(self, case, inputs):
         if case.score_bytes() > LARGEST_SCORES or case.weights or case.dtype == "bfloat16":
@@ -273,7 +298,8 @@ class OrtAttention(Onnx):
             pairs = case.seqlen_q, case.seqlen_k
             mask = np.broadcast_to(mask, (*mask.shape[:2], *pairs))
         feeds = {"q": inputs["q"], "k": inputs["k"], "v": inputs["v"], "mask": mask}
-        return self.session("Attention", feeds, "", [("", 23)], is_causal=int(causal))
+        more = {"softcap": inputs["softcap"]} if "softcap" in inputs else {}
+        return self.session("Attention", feeds, "", [("", 23)], is_causal=int(causal), **more)
 
 
 class OpenVino(System):
@@ -281,6 +307,7 @@ class OpenVino(System):
 
     name = "openvino"
     packages = ("openvino",)
+    options = ("alibi",)
 
     def __init__(self, threads):
         super().__init__(threads)

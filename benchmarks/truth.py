@@ -33,9 +33,24 @@ def require_near(output, exact, bound, where):
         raise ValueError(f"wrong result: error {error.max():.1e} in {where}")
 
 
-def softmax(scores):
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+def softmax(scores, sink=-np.inf):
+    most = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - most)
+    return weights / (weights.sum(axis=-1, keepdims=True) + np.exp(sink - most))
+
+
+def kept_weights(inputs, keys, row):
+    """Of one row: what dropout makes of each weight, 0 or 1 over the share that is kept. Only
+    mha_fast draws so, so this needs its reference."""
+    if "dropout_p" not in inputs:
+        return np.ones(keys)
+    from mha_fast.reference import threefry
+
+    threshold = round(inputs["dropout_p"] * 2**16)
+    counter = [np.arange(-(-keys // 8)), *(np.full(-(-keys // 8), x) for x in row)]
+    words = np.stack(threefry(counter, [inputs["seed"], 0, 0, 0]), axis=-1)
+    drawn = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(-1)[:keys]
+    return np.where(drawn < threshold, 0, 2**16 / (2**16 - threshold))
 
 
 def tolerance(dtype, scores):
@@ -57,10 +72,17 @@ def check_attention(case, inputs, output):
         k = inputs["k"][b, h // case.group_size, keys].astype(float)
         v = inputs["v"][b, h // case.group_size, keys].astype(float)
         s = k @ inputs["q"][b, h, i].astype(float) / math.sqrt(case.head_dim)
+        if "softcap" in inputs:
+            s = inputs["softcap"] * np.tanh(s / inputs["softcap"])
+        if "alibi_slopes" in inputs:
+            position = i + case.seqlen_k - case.seqlen_q
+            s -= inputs["alibi_slopes"][h] * np.abs(position - np.arange(case.seqlen_k)[keys])
         if "bias" in inputs:
             s += inputs["bias"][h, i, keys]
-        p, room, where = softmax(s), tolerance(case.dtype, s), f"batch {b}, head {h}, row {i}"
-        require_near(output[b, h, i], p @ v, room * (p @ np.abs(v)), where)
+        p = softmax(s, inputs["sinks"][h] if "sinks" in inputs else -np.inf)
+        room, where = tolerance(case.dtype, s), f"batch {b}, head {h}, row {i}"
+        kept = p * kept_weights(inputs, case.seqlen_k, (i, h, b))[keys]
+        require_near(output[b, h, i], kept @ v, room * (kept @ np.abs(v)), where)
         if case.weights:
             require_near(weights[b, h, i, keys], p, room * p, f"weights of {where}")
 

@@ -42,7 +42,9 @@ class SystemWorker:
     def prepare(self, case, seed):
         """Build the inputs and check one result. False: the case cannot be said."""
         inputs = case.make_inputs(seed)
-        self.call = self.system.prepare(case, inputs)
+        self.call = None
+        if set(case.options) <= set(self.system.options):
+            self.call = self.system.prepare(case, inputs)
         if self.call is None:
             return False
         case.check(inputs, self.system.canonical(self.call(), case))

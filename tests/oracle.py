@@ -13,7 +13,9 @@ class Answer(NamedTuple):
     out: np.ndarray
     lse: np.ndarray
     size: np.ndarray  # sum over keys of p |v|: what an error of `out` is measured by
-    score: np.ndarray  # largest |score| that each row sees
+    score: (
+        np.ndarray
+    )  # largest |score| that each row sees, also before a cap, which hides its error
     weights: np.ndarray
     gross: np.ndarray  # the same with |q|, |k| and |terms|, so nothing cancels
 
@@ -32,6 +34,7 @@ def attention(
         scale = 1 / np.sqrt(wide(q.shape[-1])) if q.shape[-1] else 1
     s = wide(scale) * (q @ k.swapaxes(-1, -2))
     gross = np.abs(wide(scale)) * (np.abs(q) @ np.abs(k).swapaxes(-1, -2))
+    product = np.abs(s)
     if softcap is not None:
         s = wide(softcap) * np.tanh(s / wide(softcap))
     if alibi_slopes is not None:
@@ -49,7 +52,8 @@ def attention(
             s, gross = s + term, gross + np.abs(term)
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     s, seen, _ = np.broadcast_arrays(s, seen, np.empty((*batch, 1, 1, 1)))
-    score, gross = (np.where(seen, np.abs(x), 0).max(axis=-1, initial=0) for x in (s, gross))
+    largest = np.abs(s) if softcap is None else np.maximum(np.abs(s), product)
+    score, gross = (np.where(seen, x, 0).max(axis=-1, initial=0) for x in (largest, gross))
     s = np.where(seen, s, -np.inf)
     m = s.max(axis=-1, initial=np.finfo(wide).min)
     sink = np.asarray(-np.inf if sinks is None else sinks, np.float64).astype(wide)[..., None]

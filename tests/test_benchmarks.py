@@ -31,6 +31,7 @@ KINDS = {
     "transposed": (Case("c", 1, 2, 2, 5, 7, 8, layout="transposed"), systems),
     "float16": (Case("c", 1, 2, 2, 5, 7, 8, dtype="float16"), systems),
     "bfloat16": (Case("c", 1, 2, 2, 5, 7, 8, dtype="bfloat16"), systems),
+    "options": (Case("c", 2, 4, 2, 5, 7, 8, options=("softcap", "alibi", "sinks")), systems),
     "linear": (linear.Linear("l", 3, 8, 5), linear),
     "layer": (layer.Layer("l", 2, 5, 8, 2), layer),
     "causal layer": (layer.Layer("l", 2, 5, 8, 2, causal=True), layer),
