@@ -57,6 +57,8 @@ def attention(
     s = np.where(seen, s, -np.inf)
     m = s.max(axis=-1, initial=np.finfo(wide).min)
     sink = np.asarray(-np.inf if sinks is None else sinks, np.float64).astype(wide)[..., None]
+    logit = np.where(sink == -np.inf, 0, np.abs(sink))  # a score too
+    score, gross = np.maximum(score, logit), np.maximum(gross, logit)
     m = np.maximum(m, sink)
     p = np.exp(s - m[..., None])
     total = p.sum(axis=-1) + np.exp(sink - m)
