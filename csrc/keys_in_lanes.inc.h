@@ -207,7 +207,8 @@ static ALWAYS_INLINE void FN(keys_values)(mha_tile *t, int guarded, int dtype)
 
 static void FN(keys_weighted_sum)(mha_tile *t)
 {
-    const int guarded = t->block.hides && !FN(values_finite)(t);
+    const int guarded =
+        t->block.hides && !FN(rows_finite)(t, &t->block.v, t->problem->n.head_dim_v);
     REAL *part = t->block.o;
     FN(merge_sums)(t, t->block.m, t->block.l, 1);
     memset(part, 0, sizeof(REAL) * (size_t)(t->place.rows * t->problem->n.head_dim_v));

@@ -48,6 +48,10 @@ enum {
      * rounds is the number of merges in a row, 16 + n / 16 for n blocks. Changing it changes bits.
      */
     MHA_RUN = 16,
+    /* Blocks of keys, and rows, whose gradients are one chain. Changing them changes bits. The keys
+     * and values of a share and their gradients stay in L2; whole tiles make a group. */
+    MHA_SHARE = 2,
+    MHA_ROW_GROUP = 192,
     /* Rows per task of a rotation: their angles stay in the cache for all heads. */
     MHA_ROTARY_ROWS = 64,
 };
@@ -143,12 +147,23 @@ typedef struct {
     idx top;
 } mha_measures;
 
+/* Cotangents, and gradients: dense arrays in the compute dtype that begin with zeros, still without
+ * the scale. of_rows and of_keys are sums of dS, or NULL; dS itself goes to mha_scores_out. */
+typedef struct {
+    mha_array d_out, d_lse;
+    void *q;         /* [batch][heads][seqlen_q][head_dim] */
+    void *k, *v;     /* [batch][kv_heads][seqlen_k][head_dim], [head_dim_v] */
+    void *of_rows;   /* [batch][heads][seqlen_q][2]: plain, and times minus the distance */
+    double *of_keys; /* [batch][heads][seqlen_k] */
+} mha_gradients;
+
 /* What one call computes; an answer that is not wanted has no data. */
 typedef struct {
     const mha_problem *problem;
     mha_results results;
     mha_scores_out scores;
     mha_measures measures;
+    mha_gradients gradients;
 } mha_job;
 
 /* Rotary embedding of x; rows of cos and sin belong to positions. */
@@ -232,6 +247,7 @@ typedef struct {
         int mixed[MHA_MAX_TERMS]; /* terms that must be added */
         mha_rows k, v;
         void *s;               /* scores, then probabilities */
+        void *products;        /* a copy of s before it was scored, or NULL */
         void *m, *l, *o;       /* its max, sum, and weighted sum, in pieces */
         void *k_copy, *v_copy; /* [MHA_KEY_BLOCK][head_dim(_v)] where not readable in place */
     } block;                   /* at hand */
@@ -264,6 +280,16 @@ typedef struct {
     void (*measure)(mha_tile *);      /* the same for statistics; NULL: only the other layout can */
 } mha_kernel;
 
+/* Gradients of one tile and one share of the keys at a time; scores come from queries_in_lanes. */
+typedef struct {
+    mha_tile *(*begin)(const mha_job *, idx task, idx share); /* NULL: out of memory */
+    void (*block)(mha_tile *);                                /* after scores_block */
+    void (*finish)(mha_tile *,
+                   int first); /* dQ of the share, the first of its rows or a later one */
+    void (*begin_group)(mha_tile *, idx share); /* of MHA_ROW_GROUP rows, at its first tile */
+    void (*end_group)(mha_tile *, idx share, int first); /* dK and dV of the share, likewise */
+} mha_pull;
+
 /* What tests and benchmarks ask of an ISA. */
 typedef struct {
     void (*exp2)(const void *x, void *y, idx n);    /* the exponential by itself */
@@ -276,6 +302,7 @@ typedef struct {
 typedef struct {
     const mha_kernel *queries_in_lanes;
     const mha_kernel *keys_in_lanes; /* for tiles of at most its `lanes` rows */
+    const mha_pull *pull;
     const mha_probe *probe;
     int (*rotate)(const mha_rotation *, idx task); /* 0: out of memory */
 } mha_kernels;

@@ -28,4 +28,13 @@ static inline double omp_get_wtime(void) { return 0; }
 #define MHA_GNU_OPENMP 0
 #endif
 
+/* Let another thread have this core: for one that waits for what another computes. */
+#if defined(_WIN32)
+#include <windows.h>
+static inline void mha_yield(void) { SwitchToThread(); }
+#else
+#include <sched.h>
+static inline void mha_yield(void) { sched_yield(); }
+#endif
+
 #endif

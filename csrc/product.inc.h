@@ -17,9 +17,9 @@ typedef struct {
     const REAL *old_factor, *new_factor;
 } FN(product);
 
-/* What becomes of a register tile: c = A B, and `max` takes it in; c += A B, carrying on c's
- * chains; c = c * old_factor + A B * new_factor. */
-enum { FN(STORE_MAX), FN(ADD), FN(MERGE) };
+/* What becomes of a register tile: c = A B; the same, and `max` takes it in; c += A B, carrying on
+ * c's chains; c = c * old_factor + A B * new_factor. */
+enum { FN(STORE), FN(STORE_MAX), FN(ADD), FN(MERGE) };
 
 /* acc[i * nv + v] += A B of `rows` rows by nv vectors. b is of `dtype`, all else of the compute
  * dtype. */

@@ -119,6 +119,8 @@ static int FN(queries_scores)(mha_tile *t, idx block)
         const mha_segment *seg = &t->block.segment[n];
         BY_WIDTH(seg->last - seg->first, FN(score_segment), t, seg);
     }
+    if (t->block.products) /* whose derivative will be asked for */
+        memcpy(t->block.products, t->block.s, sizeof(REAL) * MHA_KEY_BLOCK * LANES);
     if (FN(scores_change)(t))
         FN(score_vectors)(t);
     return 1;
@@ -231,7 +233,8 @@ static void FN(queries_merge)(mha_tile *t, const void *record)
 
 static void FN(queries_weighted_sum)(mha_tile *t)
 {
-    const int guarded = t->block.hides && !FN(values_finite)(t);
+    const int guarded =
+        t->block.hides && !FN(rows_finite)(t, &t->block.v, t->problem->n.head_dim_v);
     REAL *part = t->block.o;
     FN(merge_sums)(t, t->block.m, t->block.l, t->vectors);
     if (t->block.num_segments == 1 && !guarded) {

@@ -149,24 +149,22 @@ static void FN(finish_sums)(mha_tile *t, REAL *factor)
     }
 }
 
-/* Are the visible values of the block finite? 0 * x is NaN where x is not. */
-static int FN(values_finite)(const mha_tile *t)
+/* Are the block's rows, of `dim` numbers side by side, finite? 0 * x is NaN where x is not. */
+static int FN(rows_finite)(const mha_tile *t, const mha_rows *rows, idx dim)
 {
-    const int begin = t->block.first, end = t->block.last;
-    const mha_rows *v = &t->block.v;
-    const idx dim = t->problem->n.head_dim_v, size = FN(size_of)(v->dtype);
+    const idx size = FN(size_of)(rows->dtype);
     const vec zero = v_set1(0);
     vec taint[2] = {zero, zero};
-    for (int j = begin; j < end; j++) {
-        const char *row = (const char *)v->data + j * v->row * size;
+    for (int j = t->block.first; j < t->block.last; j++) {
+        const char *row = (const char *)rows->data + j * rows->row * size;
         idx d = 0;
         for (; d + 2 * VLEN <= dim; d += 2 * VLEN)
             EACH (i, 2)
                 taint[i] =
-                    v_fma(FN(load_as)(row + (d + i * VLEN) * size, v->dtype), zero, taint[i]);
+                    v_fma(FN(load_as)(row + (d + i * VLEN) * size, rows->dtype), zero, taint[i]);
         for (; d < dim; d += VLEN) {
             const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
-            taint[0] = v_fma(FN(load_up_to)(row + d * size, n, v->dtype), zero, taint[0]);
+            taint[0] = v_fma(FN(load_up_to)(row + d * size, n, rows->dtype), zero, taint[0]);
         }
     }
     return !FN(any_nonzero)(v_add(taint[0], taint[1]));

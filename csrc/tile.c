@@ -134,6 +134,7 @@ void mha_tile_begin(mha_tile *t, const mha_job *job, idx task, int lanes, int vl
     t->place = mha_place_of(p, task, lanes);
     t->next_task = -1;
     t->ahead.num = 0;
+    t->block.products = NULL;
     t->state.has_total = 0;
     t->vectors = (at->rows + vlen - 1) / vlen;
     t->lanes = t->vectors * vlen;

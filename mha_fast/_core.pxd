@@ -16,6 +16,8 @@ cdef extern from "mha.h" nogil:
         MHA_MAX_TERMS
         MHA_KEY_BLOCK
         MHA_RUN
+        MHA_SHARE
+        MHA_ROW_GROUP
         MHA_ROTARY_ROWS
         MHA_BOOL
         MHA_F16
@@ -96,11 +98,21 @@ cdef extern from "mha.h" nogil:
         void *top_weights
         idx top
 
+    ctypedef struct mha_gradients:
+        mha_array d_out
+        mha_array d_lse
+        void *q
+        void *k
+        void *v
+        void *of_rows
+        double *of_keys
+
     ctypedef struct mha_job:
         const mha_problem *problem
         mha_results results
         mha_scores_out scores
         mha_measures measures
+        mha_gradients gradients
 
     ctypedef struct mha_rotation:
         mha_sizes n
@@ -142,6 +154,13 @@ cdef extern from "mha.h" nogil:
         void (*write_scores)(mha_tile *) noexcept nogil
         void (*measure)(mha_tile *) noexcept nogil
 
+    ctypedef struct mha_pull:
+        mha_tile *(*begin)(const mha_job *, idx task, idx share) noexcept nogil
+        void (*block)(mha_tile *) noexcept nogil
+        void (*finish)(mha_tile *, bint first) noexcept nogil
+        void (*begin_group)(mha_tile *, idx share) noexcept nogil
+        void (*end_group)(mha_tile *, idx share, bint first) noexcept nogil
+
     ctypedef struct mha_probe:
         void (*exp2)(const void *x, void *y, idx n) noexcept nogil
         double (*fma_chain)(idx rounds, double *flops) noexcept nogil
@@ -152,6 +171,7 @@ cdef extern from "mha.h" nogil:
     ctypedef struct mha_kernels:
         const mha_kernel *queries_in_lanes
         const mha_kernel *keys_in_lanes
+        const mha_pull *pull
         const mha_probe *probe
         int (*rotate)(const mha_rotation *, idx task) noexcept nogil
 
@@ -176,3 +196,4 @@ cdef extern from "openmp.h" nogil:
     int omp_get_num_procs()
     double omp_get_wtime()
     bint MHA_GNU_OPENMP
+    void mha_yield()

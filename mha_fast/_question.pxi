@@ -201,6 +201,11 @@ cdef class Question:
             carry_out(&job, kernels_of(self.dtype), attend, <int>limit)
         return (out, lse, weights) if wants_lse or wants_weights else out
 
+    def effective_scale(self):
+        """The scale, given or not."""
+        cdef double head_dim = self.p.n.head_dim
+        return self.scale if self.scale is not None else 1 / sqrt(head_dim) if head_dim else 1.0
+
     def scores(self, threads=None):
         """What enters the softmax, as one array: -inf where a key is hidden."""
         cdef mha_job job

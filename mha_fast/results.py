@@ -61,3 +61,26 @@ class AttentionStats(NamedTuple):
     received: np.ndarray
     top_keys: np.ndarray
     top_weights: np.ndarray
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients of attention's arguments; each has its argument's shape and dtype.
+
+    Attributes
+    ----------
+    q, k, v : ndarray
+    mask, bias : ndarray or None
+        Of a float mask, of the bias: 0 where they hide a key. None of a bool mask.
+    sinks, alibi_slopes : ndarray or None
+    scale : float or None
+        None where the argument was not given.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    mask: np.ndarray | None
+    bias: np.ndarray | None
+    sinks: np.ndarray | None
+    alibi_slopes: np.ndarray | None
+    scale: float | None

@@ -1,0 +1,363 @@
+/* Gradients of a tile of query rows and a block of keys, by five products:
+ *     S^T = K Q^T       P^T = exp2(S^T - m) / l, as in the forward pass      rows are keys
+ *     dP^T = V dO^T     dS^T = P^T (dP^T - delta)                            rows are keys
+ *     dV += P^T dO      dK += dS^T Q                                         rows are keys
+ *     dQ^T += K^T dS^T                                                       rows are head dims
+ * with delta = dO . O - d_lse of each row. What a row does not see adds nothing: its S is -inf, its
+ * P a marked zero, its dS zero, and neither Inf nor NaN of a hidden slot enters a product.
+ *
+ * Canonical order, the rest of it in kernel.inc.h:
+ *   8. delta is a sum of doubles, in 8 chains of every eighth column that pair up at the end.
+ *   9. dV and dK of a key: one FMA chain from 0 over the rows of a group of MHA_ROW_GROUP, counted
+ *      from row 0 (position, head of the group); groups add up from 0, the last rows first.
+ *  10. dQ of a row: one FMA chain from 0 over the keys of MHA_SHARE blocks, counted from key 0;
+ *      these shares add up from 0 in key order. */
+
+/* What a thread has beside its tile. Rows are padded with zeros to whole vectors. */
+typedef struct {
+    idx q_pad, v_pad;
+    REAL *dp, *products;        /* [MHA_KEY_BLOCK][LANES]: dP, then dS; S before the score stage */
+    REAL *g_panel;              /* dO^T [head_dim_v][LANES] */
+    REAL *q_rows, *g_rows;      /* [LANES][pad]: Q without Inf and NaN, dO */
+    REAL *dq;                   /* [head_dim][LANES] */
+    REAL *dk, *dv;              /* [keys of a share][pad], of one group of rows */
+    REAL *delta, *bias, *slope; /* [LANES]; sums of dS, and of dS times the distance */
+    int finite;                 /* dO is */
+} FN(pull);
+
+/* to[key][pad] += left[key][lane] rows[lane][pad], summed over the lanes. */
+typedef struct {
+    const REAL *left, *rows;
+    REAL *to;
+    idx pad;
+} FN(outer);
+
+static idx FN(padded)(idx dim) { return (dim + VLEN - 1) / VLEN * VLEN; }
+
+/* Lay out the buffers from `at` on, which may be NULL; returns their bytes. */
+static size_t FN(lay_out_pull)(const mha_problem *p, FN(pull) * pull, char *at)
+{
+    const idx dim = p->n.head_dim, dim_v = p->n.head_dim_v, keys = MHA_SHARE * MHA_KEY_BLOCK;
+    const idx q_pad = FN(padded)(dim), v_pad = FN(padded)(dim_v);
+    const struct {
+        REAL **pointer;
+        idx elements;
+    } buffers[] = {
+        {&pull->dp, MHA_KEY_BLOCK * LANES},
+        {&pull->products, MHA_KEY_BLOCK * LANES},
+        {&pull->g_panel, (v_pad + VLEN) * LANES},
+        {&pull->dq, (q_pad + VLEN) * LANES},
+        {&pull->q_rows, LANES * q_pad},
+        {&pull->g_rows, LANES * v_pad},
+        {&pull->dk, keys * q_pad},
+        {&pull->dv, keys * v_pad},
+        {&pull->delta, LANES},
+        {&pull->bias, LANES},
+        {&pull->slope, LANES},
+    };
+    size_t bytes = 0;
+    pull->q_pad = q_pad;
+    pull->v_pad = v_pad;
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) {
+        *buffers[i].pointer = at ? (REAL *)(at + bytes) : NULL;
+        bytes += FN(whole_lines)(sizeof(REAL) * (size_t)buffers[i].elements);
+    }
+    return bytes;
+}
+
+static FN(pull) * FN(pull_of)(mha_tile *t)
+{
+    return (FN(pull) *)((char *)t + FN(queries_tile_bytes)(t->problem));
+}
+
+/* 8 chains that the compiler can put into vectors, and the sum of them. */
+static double FN(dot)(const REAL *a, const REAL *b, idx n)
+{
+    double chain[8] = {0};
+    idx i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int c = 0; c < 8; c++)
+            chain[c] += (double)a[i + c] * b[i + c];
+    for (int c = 0; i + c < n; c++)
+        chain[c] += (double)a[i + c] * b[i + c];
+    return ((chain[0] + chain[4]) + (chain[2] + chain[6])) +
+           ((chain[1] + chain[5]) + (chain[3] + chain[7]));
+}
+
+/* Read a row and pad it with zeros. Is it finite? If not, and `tamed`, what is not becomes 0. */
+static int FN(read_padded)(REAL *row, const char *from, const mha_array *a, idx dim, idx pad,
+                           int tamed)
+{
+    int wild = 0;
+    FN(read_row)(row, from, a->col_bytes, dim, a->dtype);
+    for (idx c = 0; c < dim; c++)
+        wild += !(row[c] - row[c] == 0);
+    for (idx c = 0; tamed && wild && c < dim; c++)
+        row[c] = row[c] - row[c] == 0 ? row[c] : 0;
+    for (idx c = dim; c < pad; c++)
+        row[c] = 0;
+    return !wild;
+}
+
+static const char *FN(row_at)(const mha_tile *t, const mha_array *a, int lane)
+{
+    return a->data + mha_batch_offset(&t->problem->n, a, t->place.batch) +
+           t->row.head[lane] * a->head_bytes + t->row.query[lane] * a->row_bytes;
+}
+
+/* Rows of Q and dO, dO^T, and delta. */
+static void FN(pack_rows)(mha_tile *t, FN(pull) * pull)
+{
+    const mha_problem *p = t->problem;
+    const mha_gradients *to = &t->job->gradients;
+    const mha_array *out = &t->job->results.out;
+    const idx dim = p->n.head_dim, dim_v = p->n.head_dim_v;
+    REAL *o = t->strip;
+    pull->finite = 1;
+    for (int lane = 0; lane < t->lanes; lane++) {
+        REAL *g = pull->g_rows + lane * pull->v_pad, d_lse = 0;
+        FN(read_padded)(pull->q_rows + lane * pull->q_pad, t->row.q[lane], &p->q, dim, pull->q_pad,
+                        1);
+        pull->finite &=
+            FN(read_padded)(g, FN(row_at)(t, &to->d_out, lane), &to->d_out, dim_v, pull->v_pad, 0);
+        FN(read_row)(o, t->row.out[lane], out->col_bytes, dim_v, out->dtype);
+        if (to->d_lse.data)
+            FN(read_row)(&d_lse, FN(row_at)(t, &to->d_lse, lane), 0, 1, to->d_lse.dtype);
+        pull->delta[lane] = (REAL)(FN(dot)(g, o, dim_v) - d_lse);
+        pull->bias[lane] = pull->slope[lane] = 0;
+    }
+    for (int g = 0; g < t->vectors; g++) {
+        const REAL *row[VLEN];
+        for (int i = 0; i < VLEN; i++)
+            row[i] = pull->g_rows + (g * VLEN + i) * pull->v_pad;
+        FN(rows_into_lanes)(row, dim_v, NULL, pull->g_panel + g * VLEN, LANES);
+    }
+    memset(pull->dq, 0, sizeof(REAL) * (size_t)dim * LANES);
+}
+
+/* A tile of rows, ready for the keys of one share if it sees any of them. NULL: no memory. */
+static mha_tile *FN(pull_begin)(const mha_job *job, idx task, idx share)
+{
+    const mha_problem *p = job->problem;
+    const size_t behind = FN(whole_lines)(sizeof(FN(pull)));
+    FN(pull) sizes;
+    if (!mha_workspace(FN(queries_tile_bytes)(p) + behind + FN(lay_out_pull)(p, &sizes, NULL)))
+        return NULL;
+    mha_tile *t = FN(open_tile)(job, task, FN(queries_shape)(p));
+    FN(pull) *pull = FN(pull_of)(t);
+    FN(lay_out_pull)(p, pull, (char *)pull + behind);
+    if (p->scoring.softcap != 0)
+        t->block.products = pull->products;
+    if (share * MHA_SHARE < t->last_block && t->first_block < (share + 1) * MHA_SHARE) {
+        FN(pack_q)(t, (REAL)p->scoring.scale);
+        FN(pack_rows)(t, pull);
+    }
+    return t;
+}
+
+#include "gradient_scores.inc.h"
+
+/* ---- One block ------------------------------------------------------------------------------- */
+
+/* Hidden keys may hold Inf or NaN. Where a row sees one, its P is NaN already. */
+static void FN(tame_keys)(mha_tile *t)
+{
+    const idx dim = t->problem->n.head_dim;
+    const mha_rows *k = &t->block.k;
+    REAL *copy = t->block.k_copy;
+    for (int j = t->block.first; j < t->block.last; j++)
+        for (idx c = 0; c < dim; c++) {
+            const REAL x = ((const REAL *)k->data)[j * k->row + c * k->col];
+            copy[j * dim + c] = x - x == 0 ? x : 0;
+        }
+    t->block.k = (mha_rows){copy, dim, 1, DTYPE};
+}
+
+/* dP^T = V dO^T of one segment. */
+static ALWAYS_INLINE void FN(pull_weights)(mha_tile *t, const FN(pull) * pull,
+                                           const mha_segment *seg, int nv)
+{
+    const idx lane = seg->first * VLEN;
+    const FN(product) p = {.a = t->block.v.data,
+                           .a_row = t->block.v.row,
+                           .a_depth = t->block.v.col,
+                           .b = pull->g_panel + lane,
+                           .b_depth = LANES,
+                           .depth = t->problem->n.head_dim_v,
+                           .c = pull->dp + lane,
+                           .c_row = LANES};
+    FN(product_rows)(t, &p, seg->begin, seg->end, nv, FN(STORE));
+}
+
+/* dQ^T += K^T dS^T of one segment. */
+static ALWAYS_INLINE void FN(pull_queries)(mha_tile *t, const FN(pull) * pull,
+                                           const mha_segment *seg, int nv)
+{
+    const idx lane = seg->first * VLEN;
+    const mha_rows *k = &t->block.k;
+    const FN(product) p = {.a = (const REAL *)k->data + seg->begin * k->row,
+                           .a_row = k->col,
+                           .a_depth = k->row,
+                           .b = pull->dp + seg->begin * LANES + lane,
+                           .b_depth = LANES,
+                           .depth = seg->end - seg->begin,
+                           .c = pull->dq + lane,
+                           .c_row = LANES};
+    FN(product_rows)(t, &p, 0, t->problem->n.head_dim, nv, FN(ADD));
+}
+
+/* dV += P^T dO, or dK += dS^T Q, of one segment: columns [column, column + nv * VLEN). */
+static ALWAYS_INLINE void FN(pull_columns)(mha_tile *t, const FN(outer) * o, const mha_segment *seg,
+                                           idx column, int nv)
+{
+    const int lane = seg->first * VLEN, end = seg->last * VLEN;
+    const FN(product) p = {.a = o->left + lane,
+                           .a_row = LANES,
+                           .a_depth = 1,
+                           .b = o->rows + lane * o->pad + column,
+                           .b_depth = o->pad,
+                           .depth = (end < t->place.rows ? end : t->place.rows) - lane,
+                           .c = o->to + column,
+                           .c_row = o->pad};
+    FN(product_rows)(t, &p, seg->begin, seg->end, nv, FN(ADD));
+}
+
+static void FN(pull_outer)(mha_tile *t, const FN(outer) * o)
+{
+    for (int n = 0; n < t->block.num_segments; n++)
+        for (idx c = 0; c < o->pad; c += NV * VLEN) {
+            const idx left = (o->pad - c) / VLEN;
+            BY_WIDTH(left < NV ? left : NV, FN(pull_columns), t, o, &t->block.segment[n], c);
+        }
+}
+
+/* The same where dO has an Inf or NaN, which may not reach keys that its row does not see. */
+static void FN(pull_outer_guarded)(mha_tile *t, const FN(outer) * o)
+{
+    for (int n = 0; n < t->block.num_segments; n++) {
+        const mha_segment *seg = &t->block.segment[n];
+        for (int j = seg->begin; j < seg->end; j++)
+            for (int i = seg->first * VLEN; i < seg->last * VLEN && i < t->place.rows; i++) {
+                const REAL p = o->left[j * LANES + i];
+                if (p == 0 && signbit(p))
+                    continue;
+                for (idx c = 0; c < o->pad; c += VLEN) {
+                    REAL *to = o->to + j * o->pad + c;
+                    v_store(to, v_fma(v_set1(p), v_load(o->rows + i * o->pad + c), v_load(to)));
+                }
+            }
+    }
+}
+
+static void FN(pull_block)(mha_tile *t)
+{
+    FN(pull) *pull = FN(pull_of)(t);
+    const mha_gradients *to = &t->job->gradients;
+    const idx key = t->block.first_key % (MHA_SHARE * MHA_KEY_BLOCK), dim = t->problem->n.head_dim;
+    const FN(outer) dv = {t->block.s, pull->g_rows, pull->dv + key * pull->v_pad, pull->v_pad};
+    const FN(outer) dk = {pull->dp, pull->q_rows, pull->dk + key * pull->q_pad, pull->q_pad};
+    for (int n = 0; n < t->block.num_segments; n++) {
+        const mha_segment *seg = &t->block.segment[n];
+        BY_WIDTH(seg->last - seg->first, FN(pull_weights), t, pull, seg);
+    }
+    for (int g = 0; g < t->vectors; g++)
+        if (t->problem->weighing.threshold)
+            FN(pull_scores)(t, pull, g, 1);
+        else
+            FN(pull_scores)(t, pull, g, 0);
+    for (int g = 0; g < t->vectors && to->of_rows; g++)
+        FN(pull_rows)(t, pull, g);
+    if (to->of_keys)
+        FN(pull_keys)(t, pull);
+    if (t->writes_scores) {
+        REAL *s = t->block.s;
+        t->block.s = pull->dp;
+        FN(queries_write_scores)(t);
+        t->block.s = s;
+    }
+    if (t->problem->scoring.softcap != 0)
+        FN(pull_cap)(t, pull);
+    if (t->block.hides && (t->block.k.col != 1 || !FN(rows_finite)(t, &t->block.k, dim)))
+        FN(tame_keys)(t);
+    if (t->block.hides && !pull->finite)
+        FN(pull_outer_guarded)(t, &dv);
+    else
+        FN(pull_outer)(t, &dv);
+    FN(pull_outer)(t, &dk);
+    for (int n = 0; n < t->block.num_segments; n++) {
+        const mha_segment *seg = &t->block.segment[n];
+        BY_WIDTH(seg->last - seg->first, FN(pull_queries), t, pull, seg);
+    }
+}
+
+/* ---- Results --------------------------------------------------------------------------------- */
+
+static idx FN(row_index)(const mha_tile *t, int lane)
+{
+    const mha_sizes *n = &t->problem->n;
+    const idx head = t->place.batch * n->kv_heads * n->group_size + t->row.head[lane];
+    return head * n->seqlen_q + t->row.query[lane];
+}
+
+/* What the tile's rows get from the share: dQ, and sums of dS. The first one is stored, not added:
+ * memory that is read before it is written costs a second page fault. */
+static void FN(pull_finish)(mha_tile *t, int first)
+{
+    const FN(pull) *pull = FN(pull_of)(t);
+    const mha_gradients *to = &t->job->gradients;
+    const idx dim = t->problem->n.head_dim;
+    for (int g = 0; g < t->vectors; g++)
+        for (idx d = 0; d < dim; d += VLEN) {
+            const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
+            vec v[VLEN];
+            EACH (c, VLEN)
+                v[c] = v_load(pull->dq + (d + c) * LANES + g * VLEN);
+            v_transpose(v);
+            for (int i = 0; i < VLEN && g * VLEN + i < t->place.rows; i++) {
+                REAL *row = (REAL *)to->q + FN(row_index)(t, g * VLEN + i) * dim + d;
+                const vec before = first ? v_set1(0) : FN(load_some)(row, n);
+                FN(store_some)(row, v_add(before, v[i]), n);
+            }
+        }
+    for (int i = 0; i < t->place.rows && to->of_rows; i++) {
+        ((REAL *)to->of_rows)[2 * FN(row_index)(t, i)] += pull->bias[i];
+        ((REAL *)to->of_rows)[2 * FN(row_index)(t, i) + 1] -= pull->slope[i];
+    }
+}
+
+static idx FN(keys_of_share)(const mha_sizes *n, idx share)
+{
+    const idx whole = MHA_SHARE * MHA_KEY_BLOCK, left = n->seqlen_k - share * whole;
+    return left < whole ? left : whole;
+}
+
+static void FN(pull_begin_group)(mha_tile *t, idx share)
+{
+    const FN(pull) *pull = FN(pull_of)(t);
+    const size_t column = sizeof(REAL) * (size_t)FN(keys_of_share)(&t->problem->n, share);
+    memset(pull->dk, 0, column * (size_t)pull->q_pad);
+    memset(pull->dv, 0, column * (size_t)pull->v_pad);
+}
+
+static void FN(add_keys)(REAL *to, const REAL *part, idx keys, idx dim, idx pad, int first)
+{
+    for (idx j = 0; j < keys; j++)
+        for (idx c = 0; c < dim; c++)
+            to[j * dim + c] = (first ? 0 : to[j * dim + c]) + part[j * pad + c];
+}
+
+static void FN(pull_end_group)(mha_tile *t, idx share, int first)
+{
+    const FN(pull) *pull = FN(pull_of)(t);
+    const mha_sizes *n = &t->problem->n;
+    const idx keys = FN(keys_of_share)(n, share), key = share * MHA_SHARE * MHA_KEY_BLOCK;
+    const idx at = (t->place.batch * n->kv_heads + t->place.kv_head) * n->seqlen_k + key;
+    REAL *dk = (REAL *)t->job->gradients.k + at * n->head_dim;
+    REAL *dv = (REAL *)t->job->gradients.v + at * n->head_dim_v;
+    FN(add_keys)(dk, pull->dk, keys, n->head_dim, pull->q_pad, first);
+    FN(add_keys)(dv, pull->dv, keys, n->head_dim_v, pull->v_pad, first);
+}
+
+static const mha_pull FN(gradient) = {
+    FN(pull_begin), FN(pull_block), FN(pull_finish), FN(pull_begin_group), FN(pull_end_group),
+};

@@ -1,0 +1,139 @@
+"""Gradients of attention: the result, and a function from its cotangents to those of arguments."""
+
+import numpy as np
+
+from ._core import ask, attend_for_gradients, pull_back_through
+from .arguments import boolean, check_broadcast, floats, thread_count
+from .options import checked
+from .results import AttentionGradients, named_result
+
+TERMS = ("mask", "bias")
+
+
+def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **options):
+    """`attention`, and its vector-Jacobian product.
+
+    Parameters
+    ----------
+    q, k, v, mask
+        As in `attention`.
+    return_lse : bool
+        The result is ``(out, lse)``, and the pullback takes a cotangent of both.
+    threads : int, optional
+        As in `attention`; it limits the pullback too. It changes no bit of either.
+    **options
+        The options of `attention`.
+
+    Returns
+    -------
+    result : ndarray or AttentionResult
+        What `attention` returns, to the bit.
+    pullback : callable
+        ``pullback(d_out)`` or ``pullback(d_out, d_lse)``, arrays of floats that broadcast to the
+        shapes of the results, returns `AttentionGradients`. It may be called more than once, and
+        by several threads. It keeps the arguments, `out` and three numbers a row, not copies: who
+        changes these arrays in between gets gradients of something else.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`; the pullback where a cotangent has another dtype or shape.
+    MemoryError
+        No memory for the result, the gradients or the scratch space of a thread.
+
+    Notes
+    -----
+    The weights are computed again, block by block (Dao et al., arXiv 2205.14135, algorithm 4), in
+    one pass of five products. A key's gradient sums over rows, and a row's over keys, in an order
+    that is written down (csrc/gradient.inc.h), so they have the same bits for any number of threads
+    and any instruction set. A hidden key gets nothing from a row, whatever either of them holds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k = np.array([[0.0]]), np.array([[1.0], [-1.0]])
+    >>> v = np.array([[1.0], [0.0]])
+    >>> out, pullback = attention_vjp(q, k, v)
+    >>> gradients = pullback([[1.0]])
+    >>> out, gradients.q, gradients.v
+    (array([[0.5]]), array([[0.5]]), array([[0.5],
+           [0.5]]))
+    """
+    threads, return_lse = thread_count("threads", threads), boolean("return_lse", return_lse)
+    question = ask(q, k, v, mask, **options)
+    if not question.plain:
+        question = checked(question)
+    forward = attend_for_gradients(question, None, threads)
+    out, lse, _ = forward
+
+    def pullback(d_out, d_lse=None):
+        """Gradients of the arguments, from those of the results."""
+        if d_lse is not None and not return_lse:
+            raise ValueError("d_lse is given, expected None without return_lse=True")
+        d_out = _cotangent("d_out", d_out, out.shape)
+        d_lse = None if d_lse is None else _cotangent("d_lse", d_lse, lse.shape)
+        return _gradients(question, forward, d_out, d_lse, threads)
+
+    return named_result(out, lse if return_lse else None, None), pullback
+
+
+def _cotangent(name, x, shape):
+    x = floats(name, x, least=())
+    check_broadcast(name, x.shape, shape, "the result")
+    return np.broadcast_to(x, shape)
+
+
+def _gradients(question, forward, d_out, d_lse, threads):
+    """All of AttentionGradients; of what is no array of floats, None."""
+    terms = {name: getattr(question, name) for name in TERMS}
+    terms = {name: x for name, x in terms.items() if x is not None and x.dtype != np.bool_}
+    sums = {name: _sums_for(x, question) for name, x in terms.items()}
+    wanted = {*sums.values()} | ({"rows"} if question.alibi_slopes is not None else set())
+    found = pull_back_through(question, forward, d_out, d_lse, wanted, threads)
+    of = dict.fromkeys(AttentionGradients._fields)
+    if question.scale is not None:
+        of["scale"] = float((found["q"] * question.q).sum(dtype=np.float64))
+    for name in "qk":
+        found[name] *= found[name].dtype.type(question.effective_scale())
+    for name in "qkv":
+        of[name] = _sum_to(found[name], getattr(question, name))
+    for name, term in terms.items():
+        of[name] = _sum_to(_terms_of(found, sums[name]), term)
+    if question.alibi_slopes is not None:
+        of["alibi_slopes"] = _sum_to(found["rows"][..., 1].sum(axis=-1), question.alibi_slopes)
+    if question.sinks is not None:
+        of["sinks"] = _sum_to(_sinks(question, forward, d_out, d_lse), question.sinks)
+    return AttentionGradients(**of)
+
+
+def _sums_for(term, question):
+    """Which sums of the scores' gradient are enough for a term of this shape."""
+    shape = (1,) * (2 - term.ndim) + term.shape[-2:]
+    if shape[-1] == 1 and question.k.shape[-2] != 1:
+        return "rows"
+    return "keys" if shape[-2] == 1 and question.q.shape[-2] != 1 else "scores"
+
+
+def _terms_of(found, sums):
+    x = found[sums]
+    return {"rows": x[..., :1], "keys": x[..., None, :], "scores": x}[sums]
+
+
+def _sinks(question, forward, d_out, d_lse):
+    """A sink takes its share of each row's d_lse, less what the row gets from its values."""
+    out, lse, _ = forward
+    less = (d_out * out).sum(axis=-1, dtype=lse.dtype)
+    share = np.exp(question.sinks[..., None] - lse)
+    return (share * ((0 if d_lse is None else d_lse) - less)).sum(axis=-1, dtype=lse.dtype)
+
+
+def _sum_to(x, like):
+    """`x` summed over the axes along which an array of the shape and dtype of `like` broadcasts."""
+    extra = x.ndim - like.ndim
+    axes = (
+        *range(extra),
+        *(i + extra for i, n in enumerate(like.shape) if n != x.shape[i + extra]),
+    )
+    if axes:
+        x = x.sum(axis=axes, keepdims=True).reshape(like.shape)
+    return x.astype(like.dtype, copy=False)
