@@ -17,7 +17,7 @@ from pathlib import Path
 import gguf_model
 import numpy as np
 from common import UserError, find, run
-from smollm2 import Cache, SmolLM2
+from smollm2 import SmolLM2
 from threadpoolctl import threadpool_limits
 from tokenizers.decoders import DecodeStream
 
@@ -80,11 +80,11 @@ def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> 
     return int(rng.choice(len(p), p=p / p.sum()))
 
 
-def generate(model: SmolLM2, cache: Cache, prompt: Sequence[int], pick: Callable) -> Iterator[int]:
-    """Yield one token after another for as long as the cache has room."""
-    new = prompt
-    while cache.length + len(new) <= cache.capacity:
-        token = pick(model(new, cache))
+def generate(model: SmolLM2, prompt: Sequence[int], room: int, pick: Callable) -> Iterator[int]:
+    """Yield one token after another, for as long as no more than `room` tokens are read."""
+    new, caches = prompt, model.caches()
+    while len(caches[0]) + len(new) <= room:
+        token = pick(model(new, caches))
         yield token
         new = [token]
 
@@ -96,7 +96,7 @@ def answer(model: SmolLM2, tokenizer, prompt: list[int], args) -> None:
     room = min(len(prompt) + args.max_tokens - 1, model.config.context)
     stream = DecodeStream(skip_special_tokens=True)
     pick = partial(choose, temperature=args.temperature, rng=rng)
-    for token in generate(model, Cache(model.config, room), prompt, pick):
+    for token in generate(model, prompt, room, pick):
         if token == end:
             break
         print(stream.step(tokenizer, token) or "", end="", flush=True)
@@ -107,8 +107,8 @@ def measure(config, weights, attention: Callable, prompt: list[int]):
     """Time the prompt and the tokens after it; return those tokens and two phases."""
     timed = Timed(attention)
     model = SmolLM2(config, weights, timed)
-    model(prompt[:32], Cache(config, 32))  # warm up
-    stream = generate(model, Cache(config, len(prompt) + DECODE_TOKENS), prompt, np.argmax)
+    model(prompt[:32], model.caches())  # warm up
+    stream = generate(model, prompt, len(prompt) + DECODE_TOKENS, np.argmax)
     tokens, phases = [], []
     for count in (1, DECODE_TOKENS):  # the prompt gives the first token
         timed.seconds = 0.0

@@ -5,7 +5,7 @@ two things to the vector of each token: what attention gathers from the tokens
 before it, and what a small network makes of it alone. Shapes in the comments:
 
     n           new tokens in this call: the whole prompt, then one at a time
-    length      tokens in the cache, the new ones included
+    length      tokens in the caches, the new ones included
     dim         width of a token's vector              (576 in SmolLM2-135M)
     heads       query heads                            (9)
     kv_heads    key and value heads, each serving heads / kv_heads query heads (3)
@@ -16,16 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-
-class Cache:
-    """Keys and values of the tokens seen so far, for all layers."""
-
-    def __init__(self, config, capacity: int):
-        shape = (config.layers, config.num_kv_heads, capacity, config.head_dim)
-        self.k = np.empty(shape, np.float32)
-        self.v = np.empty(shape, np.float32)
-        self.capacity = capacity
-        self.length = 0
+from mha_fast import KVCache, rotary, rotary_tables
 
 
 class SmolLM2:
@@ -36,22 +27,19 @@ class SmolLM2:
         self.weights = weights
         self.attention = attention
         # RoPE: pair i of a head turns by base ** (-2i / head_dim) radians a token.
-        pairs = np.arange(0, config.head_dim, 2) / config.head_dim
-        self.frequencies = config.rope_base**-pairs  # (head_dim / 2,)
+        self.angles = rotary_tables(config.context, config.head_dim, base=config.rope_base)
 
-    def __call__(self, tokens: Sequence[int], cache: Cache) -> np.ndarray:
-        """Append tokens to the cache; return the next token's logits, (vocab,)."""
-        positions = np.arange(cache.length, cache.length + len(tokens))
-        angles = np.outer(positions, self.frequencies)  # (n, head_dim / 2)
-        turns = np.exp(1j * angles).astype(np.complex64)
-        cache.length += len(tokens)
+    def caches(self) -> list[KVCache]:
+        """Keys and values of the tokens seen so far: none yet, in each layer."""
+        shape = 1, self.config.num_kv_heads, self.config.head_dim
+        return [KVCache(*shape) for _ in self.weights.layers]
 
+    def __call__(self, tokens: Sequence[int], caches: list[KVCache]) -> np.ndarray:
+        """Append tokens to the caches; return the next token's logits, (vocab,)."""
         x = self.weights.token_embd[tokens]  # (n, dim)
-        for index, layer in enumerate(self.weights.layers):
-            k_cache = cache.k[index, :, : cache.length]  # (kv_heads, length, head_dim)
-            v_cache = cache.v[index, :, : cache.length]
+        for layer, cache in zip(self.weights.layers, caches, strict=True):
             normed = self.rms_norm(x, layer.attn_norm)
-            x = x + self.attend(normed, layer, k_cache, v_cache, turns)
+            x = x + self.attend(normed, layer, cache)
             normed = self.rms_norm(x, layer.ffn_norm)
             x = x + feed_forward(normed, layer)
 
@@ -59,18 +47,27 @@ class SmolLM2:
         last = self.rms_norm(x[-1], self.weights.output_norm)  # (dim,)
         return self.weights.token_embd @ last
 
-    def attend(self, x, layer, k_cache, v_cache, turns) -> np.ndarray:
+    def attend(self, x, layer, cache) -> np.ndarray:
         """Write the new keys and values; gather what the queries find, (n, dim)."""
         n = len(x)
         q = self.split_heads(x @ layer.attn_q.T)  # (heads, n, head_dim)
         k = self.split_heads(x @ layer.attn_k.T)  # (kv_heads, n, head_dim)
         v = self.split_heads(x @ layer.attn_v.T)
-        k_cache[:, -n:] = rotate(k, turns)
-        v_cache[:, -n:] = v
+        cache.append(self.rotate(k, len(cache)), v)
         # Causal: the last query sees the last key, so this is right for a prompt and
-        # for a single token. The caches are views, read where they lie.
-        out = self.attention(rotate(q, turns), k_cache, v_cache, causal=True)
+        # for a single token. cache.k and cache.v are views, (1, kv_heads, length, head_dim).
+        q = self.rotate(q, len(cache) - n)
+        out = self.attention(q, cache.k[0], cache.v[0], causal=True)
         return out.swapaxes(0, 1).reshape(n, -1) @ layer.attn_output.T
+
+    def rotate(self, x, first) -> np.ndarray:
+        """Turn (heads, n, head_dim) by the positions from `first` on (RoPE).
+
+        Llama's published weights pair element i with i + head_dim / 2; GGUF reorders the
+        rows of the Q and K matrices so that the pairs are neighbours.
+        """
+        positions = np.arange(first, first + x.shape[1])
+        return rotary(x, *self.angles, positions=positions, interleaved=True)
 
     def split_heads(self, x) -> np.ndarray:
         """(n, heads * head_dim) to (heads, n, head_dim), a view."""
@@ -80,16 +77,6 @@ class SmolLM2:
         """Scale each vector to a root mean square of 1, then by `weight`."""
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
         return x / np.sqrt(mean_square + self.config.rms_eps) * weight
-
-
-def rotate(x, turns) -> np.ndarray:
-    """Rotate neighbouring pairs of (heads, n, head_dim) by their position (RoPE).
-
-    A pair read as a complex number turns by one multiplication. Llama's published
-    weights pair element i with i + head_dim / 2; GGUF reorders the rows of the Q and
-    K matrices so that the pairs are neighbours.
-    """
-    return (x.view(np.complex64) * turns).view(np.float32)
 
 
 def feed_forward(x, layer) -> np.ndarray:

@@ -11,27 +11,32 @@ except ModuleNotFoundError as error:
         "build the extension here (`pip install -e .`)."
     ) from None
 from . import heads, reference
+from .gradients import attention_vjp
 from .merging import merge
+from .model.cache import KVCache
 from .model.layer import MultiHeadAttention
 from .model.projection import linear
 from .model.rotary import rotary, rotary_tables
 from .plan import Plan, explain
 from .process.config import show_config
 from .process.threads import get_num_threads, set_num_threads
-from .results import AttentionResult, AttentionStats
+from .results import AttentionGradients, AttentionResult, AttentionStats
 from .stats import attention_stats
 from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionGradients",
     "AttentionResult",
     "AttentionStats",
+    "KVCache",
     "MultiHeadAttention",
     "Plan",
     "attention",
     "attention_stats",
     "attention_varlen",
+    "attention_vjp",
     "explain",
     "get_num_threads",
     "heads",

@@ -1,22 +1,24 @@
 """The layer: projections, attention, output projection; torch's names for weights and masks."""
 
-import itertools
-
 import numpy as np
 
 from ..arguments import boolean, compute_dtype, floats, thread_count
 from ..attention import attention
 from ..results import named_result
-from .layer_arguments import plain_tokens, score_terms
+from .layer_arguments import (
+    cached_attention,
+    check_cache,
+    plain_tokens,
+    rotation,
+    score_terms,
+)
 from .layer_weights import (
-    PACKED,
-    SEPARATE,
     initial_weights,
     sizes_of_arguments,
     sizes_of_weights,
     without_heads,
 )
-from .projection import linear
+from .projection import linear, project_heads
 from .weights_file import read_tensors, write_tensors
 
 
@@ -119,6 +121,10 @@ class MultiHeadAttention:
         key_padding_mask=None,
         attn_mask=None,
         causal=False,
+        softcap=None,
+        sinks=None,
+        rotary=None,
+        cache=None,
         need_weights=False,
         average_weights=True,
         threads=None,
@@ -145,6 +151,15 @@ class MultiHeadAttention:
         causal : bool
             Hide the keys after a query's position; the last query sees the last key. Unlike
             torch's ``is_causal`` it needs no `attn_mask`.
+        softcap : float, optional
+        sinks : array_like of float, shape (num_heads,), optional
+            As in `attention`.
+        rotary : dict, optional
+            ``cos``, ``sin`` and ``interleaved`` of `mha_fast.rotary`, which turns queries and
+            keys: key ``j`` stands at position ``j``, the last query at that of the last key.
+        cache : KVCache, optional
+            Of ``(batch, num_kv_heads, head_dim)``: the tokens are those after the ones that it
+            holds, which they see, and are appended. Self-attention without masks alone.
         need_weights : bool
             Also return the attention weights.
         average_weights : bool
@@ -176,10 +191,16 @@ class MultiHeadAttention:
             attn_mask, key_padding_mask, causal, (*query.shape[:-1], key.shape[-2]),
             self.num_heads, extra_keys, self.dtype,
         )  # fmt: skip
-        q, k, v = self._project(query, key, value, threads)
+        if cache is not None:
+            check_cache(cache, key is query and mask is None and bias is None and not extra_keys)
+        turn = rotation(rotary, query, key, cache, threads)
+        q, k, v = turn(*project_heads((query, key, value), self.weights, self._sizes, threads))
+        k, v = self._with_extra_keys(k, "bias_k"), self._with_extra_keys(v, "bias_v")
         heads = np.empty((*query.shape[:-1], self.num_heads, self.head_dim), self.dtype)
-        attended = attention(
-            q, k, v, mask, bias=bias, causal=causal and not extra_keys,
+        attend = attention if cache is None else cached_attention(cache)
+        attended = attend(
+            q, k, v, mask, bias=bias, causal=causal and not extra_keys, softcap=softcap,
+            sinks=sinks,
             out=heads.swapaxes(-2, -3),  # so the output projection reads contiguous rows
             return_weights=need_weights, threads=threads,
         )  # fmt: skip
@@ -336,22 +357,6 @@ class MultiHeadAttention:
         weights = without_heads(self.weights, self._sizes, heads)
         num_heads = self.num_heads - len(heads)
         return self.from_state_dict(weights, num_heads, add_zero_attn=self.add_zero_attn)
-
-    def _project(self, query, key, value, threads):
-        """q, k and v, shape (..., heads, seqlen, head_dim): views of as few products as can be."""
-        inputs, edges, parts = (query, key, value), self._sizes.edges, []
-        for _, run in itertools.groupby(range(3), lambda i: id(inputs[i]) if self.packed else i):
-            first, *others = run
-            heads = slice(edges[first], edges[first + len(others) + 1])
-            rows = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
-            weight = self.weights[PACKED][rows] if self.packed else self.weights[SEPARATE[first]]
-            bias = self.weights["in_proj_bias"][rows] if self.bias else None
-            y = linear(inputs[first], weight, bias, threads=threads)
-            y = y.reshape(*y.shape[:-1], heads.stop - heads.start, self.head_dim).swapaxes(-2, -3)
-            for i in (first, *others):
-                parts.append(y[..., edges[i] - heads.start : edges[i + 1] - heads.start, :, :])
-        q, k, v = parts
-        return q, self._with_extra_keys(k, "bias_k"), self._with_extra_keys(v, "bias_v")
 
     def _with_extra_keys(self, x, name):
         """Keys or values, and after them the learned one and zeros: not part of the sequence."""

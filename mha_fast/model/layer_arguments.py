@@ -5,6 +5,8 @@ import math
 import numpy as np
 
 from ..arguments import FLOATS, floats, is_float, plain_array
+from .cache import KVCache
+from .rotary import rotary
 
 
 def plain_tokens(query, key, value, sizes, dtype):
@@ -52,6 +54,53 @@ def score_terms(attn_mask, key_padding_mask, causal, scores, num_heads, extra_ke
     if padding is not None and padding.dtype == bool:  # the bias is float, and -inf hides as well
         padding = np.where(padding, -np.inf, 0).astype(dtype)
     return _shown(attn), padding
+
+
+def rotation(arguments, query, key, cache, threads):
+    """A function from q, k and v to the same, turned in place as `rotary` with these arguments
+    does: key 0 stands at 0, or after what the cache holds, and the last query at the last key."""
+    if arguments is None:
+        return lambda q, k, v: (q, k, v)
+    if not isinstance(arguments, dict):
+        raise TypeError(f"rotary is {arguments!r}, expected a dict of rotary's arguments, or None")
+    if not {"cos", "sin"} <= arguments.keys() <= {"cos", "sin", "interleaved"}:
+        raise ValueError(
+            f"rotary has {', '.join(map(repr, arguments)) or 'no entries'}, expected 'cos' and "
+            "'sin', and perhaps 'interleaved'"
+        )
+    length = key.shape[-2]
+    held = 0 if cache is None else cache.lengths if query.ndim == 3 else cache.lengths[0]
+
+    def turn(q, k, v):
+        for x in (q, k):
+            positions = np.add.outer(held, np.arange(length - x.shape[-2], length))
+            rotary(x, **arguments, positions=positions, out=x, threads=threads)
+        return q, k, v
+
+    return turn
+
+
+def check_cache(cache, plain):
+    """Is it one, and does the call ask for nothing that it cannot keep?"""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache is a {type(cache).__name__}, expected a KVCache or None")
+    if not plain:
+        raise ValueError("cache is given, expected None beside key, value, masks or extra keys")
+
+
+def cached_attention(cache):
+    """`attention` of tokens that are appended to the cache; it is as before if this fails."""
+
+    def attend(q, k, v, mask, *, bias, **options):
+        before = cache.lengths
+        cache.append(k, v)
+        try:
+            return cache.attention(q, **options)
+        except BaseException:
+            cache.rewind(before)
+            raise
+
+    return attend
 
 
 def _mask(name, mask, *shapes):

@@ -1,11 +1,13 @@
 """The products around attention, computed by its kernel and its threads."""
 
+import itertools
 import math
 
 import numpy as np
 
 from .. import _core
 from ..arguments import compute_dtype, floats, thread_count
+from .layer_weights import PACKED, SEPARATE
 
 
 def linear(x, weight, bias=None, *, threads=None):
@@ -54,6 +56,23 @@ def linear(x, weight, bias=None, *, threads=None):
     x, weight, bias, threads = plain_linear(x, weight, bias, threads)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return _core.linear(rows, weight, bias, threads).reshape(*x.shape[:-1], len(weight))
+
+
+def project_heads(inputs, weights, sizes, threads):
+    """q, k and v of (query, key, value), shape (..., heads, seqlen, head_dim): views of as few
+    products as can be."""
+    edges, parts = sizes.edges, []
+    for _, run in itertools.groupby(range(3), lambda i: id(inputs[i]) if sizes.packed else i):
+        first, *others = run
+        heads = slice(edges[first], edges[first + len(others) + 1])
+        rows = slice(heads.start * sizes.head_dim, heads.stop * sizes.head_dim)
+        weight = weights[PACKED][rows] if sizes.packed else weights[SEPARATE[first]]
+        bias = weights["in_proj_bias"][rows] if sizes.bias else None
+        y = linear(inputs[first], weight, bias, threads=threads)
+        y = y.reshape(*y.shape[:-1], heads.stop - heads.start, sizes.head_dim).swapaxes(-2, -3)
+        for i in (first, *others):
+            parts.append(y[..., edges[i] - heads.start : edges[i + 1] - heads.start, :, :])
+    return parts
 
 
 def plain_linear(x, weight, bias, threads):
