@@ -3,9 +3,11 @@
 Nothing is checked here, and scores are stored whole, so memory grows with ``seqlen_q * seqlen_k``.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from .results import AttentionResult, AttentionStats, named_result
+from .results import AttentionGradients, AttentionResult, AttentionStats, named_result
 
 
 def attention(
@@ -42,6 +44,46 @@ def attention(
     >>> attention(q, k, v)
     array([[2., 3.]], dtype=float32)
     """
+    steps = _forward(
+        q, k, v, mask, bias=bias, causal=causal, q_offset=q_offset, window=window,
+        kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    result, lse, weights = steps.result, steps.lse, steps.weights
+    if not steps.has_heads:
+        result, lse, weights = result[..., 0, :, :], lse[..., 0, :], weights[..., 0, :, :]
+    if weights_heads is not None:
+        weights = np.take(weights, np.asarray(weights_heads, int), axis=-3)
+    if weights_rows is not None:
+        weights = np.take(weights, np.asarray(weights_rows, int), axis=-2)
+    if out is None:
+        out = np.empty(result.shape, steps.dtype)
+    out[...] = result
+    return named_result(out, lse if return_lse else None, weights if return_weights else None)
+
+
+class _Steps(NamedTuple):
+    """What a call computes on its way, in the compute dtype, with an axis for heads."""
+
+    q: np.ndarray
+    k: np.ndarray  # of each query head
+    v: np.ndarray
+    scale: float
+    steep: np.ndarray  # the derivative of the cap
+    distance: np.ndarray
+    seen: np.ndarray
+    weights: np.ndarray
+    kept: np.ndarray  # 1 over the share that is kept, 0 where dropped
+    result: np.ndarray
+    lse: np.ndarray
+    dtype: np.dtype
+    has_heads: bool
+
+
+def _forward(
+    q, k, v, mask=None, *, bias=None, causal=False, q_offset=None, window=None, kv_lengths=None,
+    scale=None, softcap=None, sinks=None, alibi_slopes=None, dropout_p=0.0, seed=None,
+):  # fmt: skip
     (q, k, v), dtype, compute = _floats(q, k, v)
     has_heads = max(x.ndim for x in (q, k, v)) > 2
     q, k, v = (x.reshape((1,) * (3 - x.ndim) + x.shape) for x in (q, k, v))
@@ -51,12 +93,15 @@ def attention(
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
 
     s = compute.type(scale) * (q @ k.swapaxes(-1, -2))
+    steep = np.ones((), compute)
     if softcap is not None:
-        s = compute.type(softcap) * np.tanh(s / compute.type(softcap))
+        capped = np.tanh(s / compute.type(softcap))
+        s, steep = compute.type(softcap) * capped, 1 - capped * capped
     length, distance = _positions(*s.shape[-2:], q_offset, kv_lengths)
+    distance = np.abs(distance).astype(compute), distance
     if alibi_slopes is not None:
-        s = s - _per_head(alibi_slopes, compute) * np.abs(distance).astype(compute)
-    seen = _visible(length, distance, causal, window)
+        s = s - _per_head(alibi_slopes, compute) * distance[0]
+    seen = _visible(length, distance[1], causal, window)
     for term in (mask, bias):
         if term is not None and np.asarray(term).dtype == bool:
             seen = seen & term
@@ -73,25 +118,66 @@ def attention(
     p = np.exp(s - m)
     l = p.sum(axis=-1, keepdims=True) + np.exp(sink - m)  # noqa: E741
     weights = np.divide(p, l, out=np.zeros_like(p), where=seen & (l != 0))
-    kept = weights
+    kept = np.ones((), compute)
     if dropout_p > 0:
         threshold = min(int(dropout_p * 65536 + 0.5), 65535)
         drawn = _drawn(s.shape, seed)
-        kept = np.where(drawn < threshold, 0, weights * compute.type(65536 / (65536 - threshold)))
-    result = _weighted_sum(kept, seen, v)
+        kept = np.where(drawn < threshold, 0, compute.type(65536 / (65536 - threshold)))
+    result = _weighted_sum(weights * kept, seen, v)
     with np.errstate(divide="ignore"):
         lse = (m + np.log(l))[..., 0]
+    return _Steps(
+        q, k, v, scale, steep, distance[0], seen, weights, kept, result, lse, dtype, has_heads
+    )
 
-    if not has_heads:
-        result, lse, weights = result[..., 0, :, :], lse[..., 0, :], weights[..., 0, :, :]
-    if weights_heads is not None:
-        weights = np.take(weights, np.asarray(weights_heads, int), axis=-3)
-    if weights_rows is not None:
-        weights = np.take(weights, np.asarray(weights_rows, int), axis=-2)
-    if out is None:
-        out = np.empty(result.shape, dtype)
-    out[...] = result
-    return named_result(out, lse if return_lse else None, weights if return_weights else None)
+
+def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **options):
+    """The result, and the gradients of all arguments as a function of its own; see
+    `mha_fast.attention_vjp`.
+
+    Examples
+    --------
+    >>> out, pullback = attention_vjp([[0.0]], [[1.0], [-1.0]], [[1.0], [0.0]])
+    >>> pullback([[1.0]]).q
+    array([[0.5]])
+    """
+    arrays = {"q": q, "k": k, "v": v, "mask": mask, **options}
+    arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
+    f = _forward(q, k, v, mask, **options)
+    heads = () if f.has_heads else (0,)
+    out, lse = f.result[(..., *heads, slice(None), slice(None))], f.lse[(..., *heads, slice(None))]
+
+    def pullback(d_out, d_lse=None):
+        real = f.lse.dtype
+        d_out = np.broadcast_to(np.asarray(d_out, real), out.shape).reshape(f.result.shape)
+        d_lse = np.zeros((), real) if d_lse is None else np.asarray(d_lse, real)
+        d_lse = np.broadcast_to(d_lse, lse.shape).reshape(f.lse.shape)
+        delta = (d_out * f.result).sum(axis=-1) - d_lse
+        d_kept = _weighted_sum(
+            (f.weights * f.kept).swapaxes(-1, -2), f.seen.swapaxes(-1, -2), d_out
+        )
+        d_weights = f.kept * (d_out @ f.v.swapaxes(-1, -2))
+        d_scores = np.where(f.seen, f.weights * (d_weights - delta[..., None]), 0)
+        d_products = d_scores * f.steep
+        found = {
+            "q": d_products @ np.where(np.isfinite(f.k), f.k, 0),
+            "k": d_products.swapaxes(-1, -2) @ np.where(np.isfinite(f.q), f.q, 0),
+            "v": d_kept,
+            "mask": d_scores,
+            "bias": d_scores,
+            "alibi_slopes": -(d_scores * f.distance).sum(axis=(-2, -1)),
+        }
+        if "sinks" in arrays:
+            share = np.exp(_per_head(arrays["sinks"], real)[..., 0] - f.lse)
+            found["sinks"] = -(share * delta).sum(axis=-1)
+        if "scale" in arrays:
+            found["scale"] = (found["q"] * f.q).sum()
+        found["q"], found["k"] = f.scale * found["q"], f.scale * found["k"]
+        wanted = {n: x for n, x in arrays.items() if n in found and x.dtype != bool}
+        found = {n: _sum_to(found[n], x) for n, x in wanted.items()}
+        return AttentionGradients(**dict.fromkeys(AttentionGradients._fields) | found)
+
+    return named_result(out.astype(f.dtype), lse if return_lse else None, None), pullback
 
 
 def attention_stats(q, k, v, mask=None, *, top=0, threads=None, **options):
@@ -272,6 +358,16 @@ def _floats(*arrays):
     compute = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
     dtype = dtypes.pop() if len(dtypes) == 1 else compute
     return [x.astype(compute) for x in arrays], dtype, compute
+
+
+def _sum_to(gradient, array):
+    """The gradient summed over what the array was broadcast along, or query heads share of it."""
+    shape = (1,) * (gradient.ndim - array.ndim) + array.shape
+    for axis, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)):
+        if have != want:  # want is 1, or the number of KV heads
+            parts = (*gradient.shape[:axis], want, have // want, *gradient.shape[axis + 1 :])
+            gradient = gradient.reshape(parts).sum(axis=axis + 1)
+    return gradient.reshape(array.shape).astype(array.dtype)
 
 
 def _narrow(term, compute):

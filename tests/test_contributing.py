@@ -19,21 +19,30 @@ FIELD = {
     "bias": r"\bscoring(\.|->)(terms|num_terms)\b|^ *mha_array \*?terms\b",
 }
 # Files beyond the row's that may spell it. A linear layer says that its spans are open; ONNX has an
-# attribute for each side of a window. A bias is a transform with an array of its own, so C finds
-# its rows for a tile and reads them; a number (softcap) needs neither; packed sequences have none.
+# attribute for each side of a window; a cache has a window of its own. A bias is a transform with an
+# array of its own, so C finds its rows for a tile and reads them; a number (softcap) needs neither;
+# packed sequences have none.
 # The `bias` of a layer's product is another argument, so its files are not searched.
 ROW_OF = {"window": "an interval mask", "bias": "a score transform"}
 ALSO = {
-    "window": {"mha_fast/_linear.pxi", "mha_fast/onnx/attention.py"},
+    "window": {
+        "mha_fast/_linear.pxi",
+        "mha_fast/onnx/attention.py",
+        "mha_fast/model/cache.py",
+        "mha_fast/model/cache_file.py",
+    },
     "bias": {"csrc/tile.c", "csrc/terms.inc.h", "mha_fast/varlen.py"},
 }
 NOT_SEARCHED = {"window": (), "bias": ("mha_fast/model/", "mha_fast/_linear.pxi")}
 # Listed, but without a word about these options: where a transform is a line of the kernel, a bias
 # is one of the terms that come as vectors, and the canonical arithmetic is a comment.
-SILENT = {"window": set(), "bias": {"csrc/score.inc.h", "csrc/kernel.inc.h"}}
-# A storage dtype that is also read by vectors; files of weights have names of their own for dtypes.
+SILENT = {
+    "window": set(),
+    "bias": {"csrc/score.inc.h", "csrc/kernel.inc.h", "csrc/gradient_scores.inc.h"},
+}
+# A storage dtype that is also read by vectors; files have names of their own for dtypes.
 BFLOAT16 = r"(?i)(?<![a-z])bfloat16|bf16"
-NAMES_IN_FILES = {"mha_fast/model/weights_file.py"}
+NAMES_IN_FILES = {"mha_fast/model/weights_file.py", "mha_fast/model/cache_file.py"}
 
 
 def table(text):

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from .._core import geometry
-from ..arguments import floats, integers, is_float, positive_int
+from ..arguments import FLOATS, floats, integers, is_float, positive_int
 from ..attention import attention
 from .cache_file import Store, in_file, in_memory, opened, replacing
 
@@ -93,9 +93,7 @@ class KVCache:
         self.window = None if window is None else positive_int("window", window)
         outer = positive_int("batch", batch), positive_int("kv_heads", kv_heads), 0
         if not is_float(np.dtype(dtype)):
-            raise TypeError(
-                f"dtype is {np.dtype(dtype)}, expected float16, bfloat16, float32 or 64"
-            )
+            raise TypeError(f"dtype is {np.dtype(dtype)}, expected {FLOATS}")
         shapes = (*outer, dim), (*outer, dim_v)
         self._path = None if path is None else os.fspath(path)
         if path is None:
