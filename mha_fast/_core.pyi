@@ -69,7 +69,7 @@ def attend_together(
     threads: int | None,
 ) -> list[NDArray[Any]] | None: ...
 def attend_for_gradients(
-    question: Question, out: NDArray[Any] | None, threads: int | None
+    question: Question, threads: int | None
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
 def pull_back_through(
     question: Question,

@@ -72,15 +72,15 @@ cdef bint await_share(pull_state *call, idx index, idx share) noexcept nogil:
     return True
 
 
-def attend_for_gradients(Question question, cnp.ndarray out, object threads):
-    """(out, lse, sums): what `attend` computes, and what the backward pass needs of it. `out` is
-    None, or fits and was checked."""
+def attend_for_gradients(Question question, object threads):
+    """(out, lse, sums): what `attend` computes, and what the backward pass needs of it; out in the
+    compute dtype, so that no rounding to 16 bits enters the gradients."""
     cdef mha_job job
     cdef idx batch_bytes[ANSWERS][MHA_MAX_AXES]
     cdef const mha_sizes *n = &question.p.n
     question.begin_job(&job, batch_bytes[0])
-    if out is None:
-        out = new_array(n, question.ndim, question.heads, n.head_dim_v, question.dtype)
+    cdef int real = compute_dtype(question.dtype)
+    out = new_array(n, question.ndim, question.heads, n.head_dim_v, real)
     lse, sums = question.set_results(&job, out, True), question.set_sums(&job)
     if n.batch and question.heads and n.seqlen_q:
         carry_out(&job, kernels_of(question.dtype), attend, threads or 0)

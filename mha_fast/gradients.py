@@ -3,7 +3,7 @@
 import numpy as np
 
 from ._core import ask, attend_for_gradients, pull_back_through
-from .arguments import boolean, check_broadcast, floats, thread_count
+from .arguments import boolean, check_broadcast, floats, result_dtype, thread_count
 from .options import checked
 from .results import AttentionGradients, named_result
 
@@ -31,7 +31,7 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
     pullback : callable
         ``pullback(d_out)`` or ``pullback(d_out, d_lse)``, arrays of floats that broadcast to the
         shapes of the results, returns `AttentionGradients`. It may be called more than once, and
-        by several threads. It keeps the arguments, `out` and three numbers a row, not copies: who
+        by several threads. It keeps the arguments, `out` and four numbers a row, not copies: who
         changes these arrays in between gets gradients of something else.
 
     Raises
@@ -63,8 +63,9 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
     question = ask(q, k, v, mask, **options)
     if not question.plain:
         question = checked(question)
-    forward = attend_for_gradients(question, None, threads)
+    forward = attend_for_gradients(question, threads)
     out, lse, _ = forward
+    result = stored(out, result_dtype(question.q, question.k, question.v))
 
     def pullback(d_out, d_lse=None):
         """Gradients of the arguments, from those of the results."""
@@ -74,7 +75,13 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
         d_lse = None if d_lse is None else _cotangent("d_lse", d_lse, lse.shape)
         return _gradients(question, forward, d_out, d_lse, threads)
 
-    return named_result(out, lse if return_lse else None, None), pullback
+    return named_result(result, lse if return_lse else None, None), pullback
+
+
+def stored(x, dtype):
+    """`x` rounded to a storage dtype, where what is too large is infinite."""
+    with np.errstate(over="ignore"):
+        return x.astype(dtype, copy=False)
 
 
 def _cotangent(name, x, shape):
@@ -136,4 +143,4 @@ def _sum_to(x, like):
     )
     if axes:
         x = x.sum(axis=axes, keepdims=True).reshape(like.shape)
-    return x.astype(like.dtype, copy=False)
+    return stored(x, like.dtype)

@@ -19,8 +19,8 @@ FIELD = {
     "bias": r"\bscoring(\.|->)(terms|num_terms)\b|^ *mha_array \*?terms\b",
 }
 # Files beyond the row's that may spell it. A linear layer says that its spans are open; ONNX has an
-# attribute for each side of a window; a cache has a window of its own. A bias is a transform with an
-# array of its own, so C finds its rows for a tile and reads them; a number (softcap) needs neither;
+# attribute for each side of a window; a cache has a window too. A bias is a transform with an array
+# of its own, so C finds its rows for a tile and reads them; a number (softcap) needs neither;
 # packed sequences have none.
 # The `bias` of a layer's product is another argument, so its files are not searched.
 ROW_OF = {"window": "an interval mask", "bias": "a score transform"}
