@@ -9,9 +9,10 @@
  * Canonical order, the rest of it in kernel.inc.h:
  *   8. delta is a sum of doubles, in 8 chains of every eighth column that pair up at the end.
  *   9. dV and dK of a key: one FMA chain from 0 over the rows of a group of MHA_ROW_GROUP, counted
- *      from row 0 (position, head of the group); groups add up from 0, the last rows first.
+ *      from row 0 (position, head of the group); groups add up from 0, the last rows first, by
+ *      fma(group, scale, sum), where the scale of dV is 1.
  *  10. dQ of a row: one FMA chain from 0 over the keys of MHA_SHARE blocks, counted from key 0;
- *      these shares add up from 0 in key order. */
+ *      these shares add up likewise from 0 in key order. */
 
 /* What a thread has beside its tile. Rows are padded with zeros to whole vectors. */
 typedef struct {
@@ -306,6 +307,7 @@ static void FN(pull_finish)(mha_tile *t, int first)
     const FN(pull) *pull = FN(pull_of)(t);
     const mha_gradients *to = &t->job->gradients;
     const idx dim = t->problem->n.head_dim;
+    const vec scale = v_set1((REAL)to->scale);
     for (int g = 0; g < t->vectors; g++)
         for (idx d = 0; d < dim; d += VLEN) {
             const int n = dim - d < VLEN ? (int)(dim - d) : VLEN;
@@ -316,7 +318,7 @@ static void FN(pull_finish)(mha_tile *t, int first)
             for (int i = 0; i < VLEN && g * VLEN + i < t->place.rows; i++) {
                 REAL *row = (REAL *)to->q + FN(row_index)(t, g * VLEN + i) * dim + d;
                 const vec before = first ? v_set1(0) : FN(load_some)(row, n);
-                FN(store_some)(row, v_add(before, v[i]), n);
+                FN(store_some)(row, v_fma(v[i], scale, before), n);
             }
         }
     for (int i = 0; i < t->place.rows && to->of_rows; i++) {
@@ -339,11 +341,16 @@ static void FN(pull_begin_group)(mha_tile *t, idx share)
     memset(pull->dv, 0, column * (size_t)pull->v_pad);
 }
 
-static void FN(add_keys)(REAL *to, const REAL *part, idx keys, idx dim, idx pad, int first)
+static void FN(add_keys)(REAL *to, const REAL *part, idx keys, idx dim, idx pad, REAL factor,
+                         int first)
 {
-    for (idx j = 0; j < keys; j++)
-        for (idx c = 0; c < dim; c++)
-            to[j * dim + c] = (first ? 0 : to[j * dim + c]) + part[j * pad + c];
+    const vec scale = v_set1(factor);
+    for (idx j = 0; j < keys; j++, to += dim, part += pad)
+        for (idx c = 0; c < dim; c += VLEN) {
+            const int n = dim - c < VLEN ? (int)(dim - c) : VLEN;
+            const vec before = first ? v_set1(0) : FN(load_some)(to + c, n);
+            FN(store_some)(to + c, v_fma(v_load(part + c), scale, before), n);
+        }
 }
 
 static void FN(pull_end_group)(mha_tile *t, idx share, int first)
@@ -352,10 +359,10 @@ static void FN(pull_end_group)(mha_tile *t, idx share, int first)
     const mha_sizes *n = &t->problem->n;
     const idx keys = FN(keys_of_share)(n, share), key = share * MHA_SHARE * MHA_KEY_BLOCK;
     const idx at = (t->place.batch * n->kv_heads + t->place.kv_head) * n->seqlen_k + key;
-    REAL *dk = (REAL *)t->job->gradients.k + at * n->head_dim;
-    REAL *dv = (REAL *)t->job->gradients.v + at * n->head_dim_v;
-    FN(add_keys)(dk, pull->dk, keys, n->head_dim, pull->q_pad, first);
-    FN(add_keys)(dv, pull->dv, keys, n->head_dim_v, pull->v_pad, first);
+    const mha_gradients *to = &t->job->gradients;
+    REAL *dk = (REAL *)to->k + at * n->head_dim, *dv = (REAL *)to->v + at * n->head_dim_v;
+    FN(add_keys)(dk, pull->dk, keys, n->head_dim, pull->q_pad, (REAL)to->scale, first);
+    FN(add_keys)(dv, pull->dv, keys, n->head_dim_v, pull->v_pad, 1, first);
 }
 
 static const mha_pull FN(gradient) = {

@@ -147,10 +147,11 @@ typedef struct {
     idx top;
 } mha_measures;
 
-/* Cotangents, and gradients: dense arrays in the compute dtype that begin with zeros, still without
- * the scale. of_rows and of_keys are sums of dS, or NULL; dS itself goes to mha_scores_out. */
+/* Cotangents, and gradients: dense arrays in the compute dtype that begin with zeros. of_rows and
+ * of_keys are sums of dS, or NULL; dS itself goes to mha_scores_out. */
 typedef struct {
     mha_array d_out, d_lse;
+    double scale;    /* that q and k are multiplied by */
     void *q;         /* [batch][heads][seqlen_q][head_dim] */
     void *k, *v;     /* [batch][kv_heads][seqlen_k][head_dim], [head_dim_v] */
     void *of_rows;   /* [batch][heads][seqlen_q][2]: plain, and times minus the distance */

@@ -101,6 +101,7 @@ cdef extern from "mha.h" nogil:
     ctypedef struct mha_gradients:
         mha_array d_out
         mha_array d_lse
+        double scale
         void *q
         void *k
         void *v

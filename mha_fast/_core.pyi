@@ -76,6 +76,7 @@ def pull_back_through(
     forward: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
     d_out: NDArray[Any],
     d_lse: NDArray[Any] | None,
+    scale: float,
     wanted: Any,
     threads: int | None,
 ) -> dict[str, NDArray[Any]]: ...

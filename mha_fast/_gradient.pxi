@@ -87,10 +87,10 @@ def attend_for_gradients(Question question, object threads):
     return out, lse, sums
 
 
-def pull_back_through(Question question, tuple forward, d_out, d_lse, object wanted,
+def pull_back_through(Question question, tuple forward, d_out, d_lse, double scale, object wanted,
                       object threads):
     """A dict of "q", "k", "v", and of "rows", "keys" and "scores" what is wanted: arrays in the
-    compute dtype, of the whole batch; those of q and k without the scale. `forward` is what
+    compute dtype, of the whole batch; those of q and k times `scale`. `forward` is what
     attend_for_gradients returned; d_out and d_lse (or None) are arrays of its shapes."""
     cdef mha_job job
     cdef mha_gradients *to = &job.gradients
@@ -99,6 +99,7 @@ def pull_back_through(Question question, tuple forward, d_out, d_lse, object wan
     cdef const mha_sizes *n = &p.n
     out, lse, sums = forward
     question.begin_job(&job, batch_bytes[0])
+    to.scale = scale
     to.d_out.batch_bytes, to.d_lse.batch_bytes = batch_bytes[ANSWERS], batch_bytes[ANSWERS + 1]
     describe(n, &job.results.out, out, question.heads, n.seqlen_q, n.head_dim_v, 3)
     describe(n, &job.results.sums, sums, question.heads, n.seqlen_q, 3, 3)

@@ -96,12 +96,14 @@ def _gradients(question, forward, d_out, d_lse, threads):
     terms = {name: x for name, x in terms.items() if x is not None and x.dtype != np.bool_}
     sums = {name: _sums_for(x, question) for name, x in terms.items()}
     wanted = {*sums.values()} | ({"rows"} if question.alibi_slopes is not None else set())
-    found = pull_back_through(question, forward, d_out, d_lse, wanted, threads)
+    # The gradient of a scale, which may be 0, is that of q before it is multiplied.
+    scale = question.effective_scale() if question.scale is None else 1.0
+    found = pull_back_through(question, forward, d_out, d_lse, scale, wanted, threads)
     of = dict.fromkeys(AttentionGradients._fields)
     if question.scale is not None:
         of["scale"] = float((found["q"] * question.q).sum(dtype=np.float64))
-    for name in "qk":
-        found[name] *= found[name].dtype.type(question.effective_scale())
+        for name in "qk":
+            found[name] *= found[name].dtype.type(question.scale)
     for name in "qkv":
         of[name] = _sum_to(found[name], getattr(question, name))
     for name, term in terms.items():
