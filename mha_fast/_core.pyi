@@ -77,7 +77,7 @@ def pull_back_through(
     d_out: NDArray[Any],
     d_lse: NDArray[Any] | None,
     scale: float,
-    wanted: Any,
+    wanted: dict[str, Any],
     threads: int | None,
 ) -> dict[str, NDArray[Any]]: ...
 def overlaps_itself(array: NDArray[Any]) -> bool: ...

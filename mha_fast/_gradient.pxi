@@ -4,7 +4,8 @@
 cdef struct pull_state:
     const mha_job *job
     const mha_kernels *kernels
-    idx heads               # (batch, KV head) pairs
+    idx first_head          # of the (batch, KV head) pairs at hand
+    idx heads               # how many
     idx tiles               # of each
     idx tiles_in_group      # of rows
     int64_t *shares_done    # [heads * tiles], in key order
@@ -38,7 +39,7 @@ cdef bint pull_group(pull_state *call, idx head, idx share, idx group,
     cdef mha_tile *tile
     for at in range(at, end):
         index = head * call.tiles + call.tiles - 1 - at     # mha_place_of takes the last one first
-        tile = pull.begin(call.job, index, share)           # Q, dO, delta = dO . O
+        tile = pull.begin(call.job, call.first_head * call.tiles + index, share)  # Q, dO, delta
         if tile == NULL:
             return False
         first = max(tile.first_block, share * MHA_SHARE)
@@ -89,14 +90,16 @@ def attend_for_gradients(Question question, object threads):
 
 def pull_back_through(Question question, tuple forward, d_out, d_lse, double scale, object wanted,
                       object threads):
-    """A dict of "q", "k", "v", and of "rows", "keys" and "scores" what is wanted: arrays in the
-    compute dtype, of the whole batch; those of q and k times `scale`. `forward` is what
-    attend_for_gradients returned; d_out and d_lse (or None) are arrays of its shapes."""
+    """A dict of "q", "k", "v", and of "rows" and "keys" what is wanted: arrays in the compute
+    dtype, of the whole batch; those of q and k times `scale`. `forward` is what attend_for_gradients
+    returned; d_out and d_lse (or None) are arrays of its shapes. wanted["scores"], where it is,
+    takes the gradient of the scores, one batch entry at a time: its number, and (heads, seqlen_q,
+    seqlen_k)."""
     cdef mha_job job
     cdef mha_gradients *to = &job.gradients
     cdef idx batch_bytes[ANSWERS + 2][MHA_MAX_AXES]
-    cdef const mha_problem *p = &question.p
-    cdef const mha_sizes *n = &p.n
+    cdef const mha_sizes *n = &question.p.n
+    cdef idx i
     out, lse, sums = forward
     question.begin_job(&job, batch_bytes[0])
     to.scale = scale
@@ -120,11 +123,17 @@ def pull_back_through(Question question, tuple forward, d_out, d_lse, double sca
     if "keys" in wanted:
         found["keys"] = np.zeros((*batch, n.seqlen_k))
         to.of_keys = <double *>data_of(found["keys"])
-    if "scores" in wanted:
-        found["scores"] = np.zeros((*batch, seqlen_q, n.seqlen_k), lse.dtype)
-        describe(n, &job.scores.to, found["scores"], question.heads, n.seqlen_q, n.seqlen_k, 3)
-    if n.batch and question.heads and n.seqlen_q and n.seqlen_k:
-        pull_all(&job, kernels_of(question.dtype), threads or 0)
+    if not (n.batch and question.heads and n.seqlen_q and n.seqlen_k):
+        return found
+    if "scores" not in wanted:
+        pull_all(&job, kernels_of(question.dtype), 0, n.batch * n.kv_heads, threads or 0)
+        return found
+    scores = np.empty((question.heads, n.seqlen_q, n.seqlen_k), lse.dtype)
+    describe(n, &job.scores.to, scores, question.heads, n.seqlen_q, n.seqlen_k, 3)
+    for i in range(n.batch):
+        scores.fill(0)
+        pull_all(&job, kernels_of(question.dtype), i * n.kv_heads, n.kv_heads, threads or 0)
+        wanted["scores"](i, scores)
     return found
 
 
@@ -132,20 +141,22 @@ cdef void *data_of(cnp.ndarray array) noexcept:
     return cnp.PyArray_DATA(array)
 
 
-cdef int pull_all(const mha_job *job, const mha_kernels *kernels, int limit) except -1:
+cdef int pull_all(const mha_job *job, const mha_kernels *kernels, idx first_head, idx heads,
+                  int limit) except -1:
+    """Gradients of some (batch, KV head) pairs."""
     cdef const mha_sizes *n = &job.problem.n
-    cdef idx keys = MHA_SHARE * MHA_KEY_BLOCK
+    cdef idx pairs = n.batch * n.kv_heads, keys = MHA_SHARE * MHA_KEY_BLOCK
     cdef pull_state call
     cdef Team team
     memset(&call, 0, sizeof(call))
-    call.job, call.kernels, call.heads = job, kernels, n.batch * n.kv_heads
-    call.tiles = mha_tile_count(job.problem, kernels.queries_in_lanes.lanes) // call.heads
+    call.job, call.kernels, call.first_head, call.heads = job, kernels, first_head, heads
+    call.tiles = mha_tile_count(job.problem, kernels.queries_in_lanes.lanes) // pairs
     call.tiles_in_group = MHA_ROW_GROUP // kernels.queries_in_lanes.lanes
-    call.shares_done = <int64_t *>calloc(call.heads * call.tiles, sizeof(int64_t))
+    call.shares_done = <int64_t *>calloc(heads * call.tiles, sizeof(int64_t))
     if call.shares_done == NULL:
         raise MemoryError("no memory for the backward pass")
-    team = assemble(pull_back, &call, 2.5 * work_of(job.problem), limit)
-    team.tasks = call.heads * ((n.seqlen_k + keys - 1) // keys)
+    team = assemble(pull_back, &call, 2.5 * work_of(job.problem) * heads / pairs, limit)
+    team.tasks = heads * ((n.seqlen_k + keys - 1) // keys)
     with nogil:
         work_together(&team)
     dismiss(&team)

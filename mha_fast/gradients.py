@@ -94,8 +94,11 @@ def _gradients(question, forward, d_out, d_lse, threads):
     """All of AttentionGradients; of what is no array of floats, None."""
     terms = {name: getattr(question, name) for name in TERMS}
     terms = {name: x for name, x in terms.items() if x is not None and x.dtype != np.bool_}
-    sums = {name: _sums_for(x, question) for name, x in terms.items()}
-    wanted = {*sums.values()} | ({"rows"} if question.alibi_slopes is not None else set())
+    whole = {name: x for name, x in terms.items() if _sums_for(x, question) is None}
+    wanted = {_sums_for(x, question) for name, x in terms.items() if name not in whole}
+    wanted |= {"rows"} if question.alibi_slopes is not None else set()
+    totals = _Totals(whole, forward[1]) if whole else None
+    wanted = dict.fromkeys(wanted) | ({"scores": totals.add} if whole else {})
     # The gradient of a scale, which may be 0, is that of q before it is multiplied.
     scale = question.effective_scale() if question.scale is None else 1.0
     found = pull_back_through(question, forward, d_out, d_lse, scale, wanted, threads)
@@ -107,7 +110,9 @@ def _gradients(question, forward, d_out, d_lse, threads):
     for name in "qkv":
         of[name] = _sum_to(found[name], getattr(question, name))
     for name, term in terms.items():
-        of[name] = _sum_to(_terms_of(found, sums[name]), term)
+        of[name] = (
+            totals.of(name) if name in whole else _sum_to(_of_sums(found, term, question), term)
+        )
     if question.alibi_slopes is not None:
         of["alibi_slopes"] = _sum_to(found["rows"][..., 1].sum(axis=-1), question.alibi_slopes)
     if question.sinks is not None:
@@ -116,16 +121,36 @@ def _gradients(question, forward, d_out, d_lse, threads):
 
 
 def _sums_for(term, question):
-    """Which sums of the scores' gradient are enough for a term of this shape."""
+    """Which sums of the scores' gradient are enough for a term of this shape; None: all of it."""
     shape = (1,) * (2 - term.ndim) + term.shape[-2:]
     if shape[-1] == 1 and question.k.shape[-2] != 1:
         return "rows"
-    return "keys" if shape[-2] == 1 and question.q.shape[-2] != 1 else "scores"
+    return "keys" if shape[-2] == 1 and question.q.shape[-2] != 1 else None
 
 
-def _terms_of(found, sums):
-    x = found[sums]
-    return {"rows": x[..., :1], "keys": x[..., None, :], "scores": x}[sums]
+def _of_sums(found, term, question):
+    name = _sums_for(term, question)
+    return found[name][..., :1] if name == "rows" else found[name][..., None, :]
+
+
+class _Totals:
+    """Gradients of terms that have a number for each query and key, from those of one batch entry
+    after another, which are never kept together."""
+
+    def __init__(self, terms, lse):
+        self.terms = terms
+        self.batch = lse.shape[:-2]
+        self.sums = {name: np.zeros(x.shape, lse.dtype) for name, x in terms.items()}
+
+    def add(self, entry, scores):
+        index = np.unravel_index(entry, self.batch) if self.batch else ()
+        for total in self.sums.values():
+            own = total.reshape((1,) * (len(self.batch) + 3 - total.ndim) + total.shape)
+            own = own[tuple(0 if n == 1 else i for i, n in zip(index, own.shape, strict=False))]
+            own += scores if len(own) == len(scores) else scores.sum(axis=0, keepdims=True)
+
+    def of(self, name):
+        return stored(self.sums[name], self.terms[name].dtype)
 
 
 def _sinks(question, forward, d_out, d_lse):

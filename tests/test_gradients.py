@@ -283,6 +283,18 @@ print(peak() - before - kept)
     assert int(output_of(script, timeout=120)) < 40 * 2**20
 
 
+def test_memory_of_a_shared_bias_is_that_of_one_batch_entry(output_of):
+    script = """
+import numpy as np, mha_fast, tracemalloc
+q = np.ones((32, 2, 200, 8), np.float32)
+out, pullback = mha_fast.attention_vjp(q, q, q, bias=np.ones((2, 200, 200), np.float32))
+tracemalloc.start()
+pullback(out)
+print(tracemalloc.get_traced_memory()[1] / (4 * 2 * 200 * 200))
+"""
+    assert float(output_of(script)) < 3 + 32 * 3 * 8 / 200 + 1
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
