@@ -15,12 +15,20 @@ from .gradients import attention_vjp
 from .merging import merge
 from .model.cache import KVCache
 from .model.layer import MultiHeadAttention
-from .model.projection import linear
+from .model.norm import layer_norm, layer_norm_vjp
+from .model.projection import linear, linear_vjp
 from .model.rotary import rotary, rotary_tables
 from .plan import Plan, explain
 from .process.config import show_config
 from .process.threads import get_num_threads, set_num_threads
-from .results import AttentionGradients, AttentionResult, AttentionStats
+from .results import (
+    AttentionGradients,
+    AttentionResult,
+    AttentionStats,
+    LayerGradients,
+    LinearGradients,
+    NormGradients,
+)
 from .stats import attention_stats
 from .varlen import attention_varlen
 
@@ -31,7 +39,10 @@ __all__ = [
     "AttentionResult",
     "AttentionStats",
     "KVCache",
+    "LayerGradients",
+    "LinearGradients",
     "MultiHeadAttention",
+    "NormGradients",
     "Plan",
     "attention",
     "attention_stats",
@@ -40,7 +51,10 @@ __all__ = [
     "explain",
     "get_num_threads",
     "heads",
+    "layer_norm",
+    "layer_norm_vjp",
     "linear",
+    "linear_vjp",
     "merge",
     "reference",
     "rotary",

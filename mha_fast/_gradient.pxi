@@ -91,10 +91,10 @@ def attend_for_gradients(Question question, object threads):
 def pull_back_through(Question question, tuple forward, d_out, d_lse, double scale, object wanted,
                       object threads):
     """A dict of "q", "k", "v", and of "rows" and "keys" what is wanted: arrays in the compute
-    dtype, of the whole batch; those of q and k times `scale`. `forward` is what attend_for_gradients
-    returned; d_out and d_lse (or None) are arrays of its shapes. wanted["scores"], where it is,
-    takes the gradient of the scores, one batch entry at a time: its number, and (heads, seqlen_q,
-    seqlen_k)."""
+    dtype, of the whole batch; those of q and k times `scale`. `forward` is what
+    attend_for_gradients returned; d_out and d_lse (or None) are arrays of its shapes.
+    wanted["scores"], where it is, takes the gradient of the scores, one batch entry at a time: its
+    number, and (heads, seqlen_q, seqlen_k)."""
     cdef mha_job job
     cdef mha_gradients *to = &job.gradients
     cdef idx batch_bytes[ANSWERS + 2][MHA_MAX_AXES]

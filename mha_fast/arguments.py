@@ -21,6 +21,12 @@ def compute_dtype(*arrays):
     return np.dtype(np.float64 if wide else np.float32)
 
 
+def stored(x, dtype):
+    """`x` rounded to a storage dtype, where what is too large is infinite."""
+    with np.errstate(over="ignore"):
+        return x.astype(dtype, copy=False)
+
+
 def is_float(dtype):
     """Is it one of the storage dtypes?"""
     if dtype.kind == "f":

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ._core import ask, attend_for_gradients, pull_back_through
-from .arguments import boolean, check_broadcast, floats, result_dtype, thread_count
+from .arguments import boolean, check_broadcast, floats, result_dtype, stored, thread_count
 from .options import checked
 from .results import AttentionGradients, named_result
 
@@ -76,12 +76,6 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
         return _gradients(question, forward, d_out, d_lse, threads)
 
     return named_result(result, lse if return_lse else None, None), pullback
-
-
-def stored(x, dtype):
-    """`x` rounded to a storage dtype, where what is too large is infinite."""
-    with np.errstate(over="ignore"):
-        return x.astype(dtype, copy=False)
 
 
 def _cotangent(name, x, shape):

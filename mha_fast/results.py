@@ -84,3 +84,40 @@ class AttentionGradients(NamedTuple):
     sinks: np.ndarray | None
     alibi_slopes: np.ndarray | None
     scale: float | None
+
+
+class LinearGradients(NamedTuple):
+    """Gradients of a linear layer's arguments; each has its argument's shape and dtype."""
+
+    x: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray | None
+
+
+class NormGradients(NamedTuple):
+    """Gradients of a layer norm's arguments; each has its argument's shape and dtype."""
+
+    x: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray | None
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of a layer's inputs and parameters.
+
+    Attributes
+    ----------
+    query : ndarray
+        In self-attention of all three.
+    key, value : ndarray or None
+        None where they were not given.
+    weights : dict of str to ndarray
+        By the names of the layer's weights.
+    sinks : ndarray or None
+    """
+
+    query: np.ndarray
+    key: np.ndarray | None
+    value: np.ndarray | None
+    weights: dict
+    sinks: np.ndarray | None

@@ -98,3 +98,7 @@ def lowest(dtype):
 
 def smallest_normal(dtype):
     return ml_dtypes.finfo(dtype).smallest_normal
+
+
+def epsilon(dtype):
+    return float(ml_dtypes.finfo(dtype).eps)

@@ -5,20 +5,15 @@ import numpy as np
 from ..arguments import boolean, compute_dtype, floats, thread_count
 from ..attention import attention
 from ..results import named_result
-from .layer_arguments import (
-    cached_attention,
-    check_cache,
-    plain_tokens,
-    rotation,
-    score_terms,
-)
+from .layer_arguments import cached_attention, check_cache, plain_tokens, rotation, score_terms
+from .layer_gradients import layer_vjp
 from .layer_weights import (
     initial_weights,
     sizes_of_arguments,
     sizes_of_weights,
     without_heads,
 )
-from .projection import linear, project_heads
+from .projection import linear, project_heads, with_extra_keys
 from .weights_file import read_tensors, write_tensors
 
 
@@ -195,7 +190,7 @@ class MultiHeadAttention:
             check_cache(cache, key is query and mask is None and bias is None and not extra_keys)
         turn = rotation(rotary, query, key, cache, threads)
         q, k, v = turn(*project_heads((query, key, value), self.weights, self._sizes, threads))
-        k, v = self._with_extra_keys(k, "bias_k"), self._with_extra_keys(v, "bias_v")
+        k, v = with_extra_keys(self, k, "bias_k"), with_extra_keys(self, v, "bias_v")
         heads = np.empty((*query.shape[:-1], self.num_heads, self.head_dim), self.dtype)
         attend = attention if cache is None else cached_attention(cache)
         attended = attend(
@@ -211,6 +206,44 @@ class MultiHeadAttention:
             return out
         weights = attended.weights
         return named_result(out, None, weights.mean(axis=-3) if average_weights else weights)
+
+    def vjp(
+        self, query, key=None, value=None, *, key_padding_mask=None, attn_mask=None, causal=False,
+        softcap=None, sinks=None, rotary=None, dropout_p=0.0, seed=None, threads=None,
+    ):  # fmt: skip
+        """The layer's result, and its vector-Jacobian product.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, attn_mask, causal, softcap, sinks, rotary, threads
+            As in a call; `dropout_p` and `seed` as in `attention`.
+
+        Returns
+        -------
+        out : ndarray
+            As of a call.
+        pullback : callable
+            ``pullback(d_out)``, an array of the shape of `out`, returns `LayerGradients`: of
+            ``query``, ``key`` and ``value`` (None where one was not given) and ``weights``, a dict
+            by the names of the layer's weights, so that a step is a loop over both.
+
+        Examples
+        --------
+        >>> layer = MultiHeadAttention(8, 2, seed=0)
+        >>> tokens = np.random.default_rng(1).standard_normal((1, 5, 8), np.float32)
+        >>> out, pullback = layer.vjp(tokens, causal=True)
+        >>> gradients = pullback(out)  # of half the sum of squares
+        >>> for name, weight in layer.weights.items():
+        ...     weight -= 0.01 * gradients.weights[name]
+        >>> bool((layer(tokens, causal=True) ** 2).sum() < (out**2).sum())
+        True
+        """
+        options = {
+            "causal": boolean("causal", causal), "softcap": softcap, "sinks": sinks,
+            "dropout_p": dropout_p, "seed": seed,
+        }  # fmt: skip
+        masks = attn_mask, key_padding_mask
+        return layer_vjp(self, query, key, value, rotary, masks, options, threads)
 
     def __repr__(self):
         defaults = {
@@ -357,16 +390,6 @@ class MultiHeadAttention:
         weights = without_heads(self.weights, self._sizes, heads)
         num_heads = self.num_heads - len(heads)
         return self.from_state_dict(weights, num_heads, add_zero_attn=self.add_zero_attn)
-
-    def _with_extra_keys(self, x, name):
-        """Keys or values, and after them the learned one and zeros: not part of the sequence."""
-        parts, shape = [x], (*x.shape[:-2], 1, self.head_dim)
-        if self.add_bias_kv:
-            learned = self.weights[name].reshape(self.num_kv_heads, 1, self.head_dim)
-            parts.append(np.broadcast_to(learned, shape))
-        if self.add_zero_attn:
-            parts.append(np.zeros(shape, self.dtype))
-        return np.concatenate(parts, axis=-2) if len(parts) > 1 else x
 
 
 def _real(dtype):

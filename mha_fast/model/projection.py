@@ -6,8 +6,13 @@ import math
 import numpy as np
 
 from .. import _core
-from ..arguments import compute_dtype, floats, thread_count
+from ..arguments import compute_dtype, floats, stored, thread_count
+from ..results import LinearGradients
 from .layer_weights import PACKED, SEPARATE
+
+# Rows of a layer whose part of the weight's gradient is one chain: longer ones round more, and
+# leave the cache.
+ROWS_IN_CHAIN = 1024
 
 
 def linear(x, weight, bias=None, *, threads=None):
@@ -58,6 +63,69 @@ def linear(x, weight, bias=None, *, threads=None):
     return _core.linear(rows, weight, bias, threads).reshape(*x.shape[:-1], len(weight))
 
 
+def linear_vjp(x, weight, bias=None, *, threads=None):
+    """`linear`, and its vector-Jacobian product.
+
+    Parameters
+    ----------
+    x, weight, bias, threads
+        As in `linear`.
+
+    Returns
+    -------
+    result : ndarray
+        What `linear` returns.
+    pullback : callable
+        ``pullback(d_out)``, an array of floats of the shape of the result, returns
+        `LinearGradients`: ``x``, ``weight`` and ``bias``, each of its argument's shape and dtype,
+        None where there is no bias. It keeps `x` and `weight`, not copies.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `linear`; the pullback for a cotangent of another dtype or shape.
+
+    Notes
+    -----
+    Both products run as `linear` does. The gradient of the weight sums over rows: a chain over each
+    `ROWS_IN_CHAIN` of them, and these in order, whatever the threads.
+
+    Examples
+    --------
+    >>> out, pullback = linear_vjp([[1.0, 2.0]], [[3.0, 4.0]])
+    >>> pullback([[1.0]])
+    LinearGradients(x=array([[3., 4.]]), weight=array([[1., 2.]]), bias=None)
+    """
+    bias = None if bias is None else floats("bias", bias, ("outputs",))
+    x, weight, plain_bias, threads = plain_linear(x, weight, bias, threads)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = _core.linear(rows, weight, plain_bias, threads).reshape(*x.shape[:-1], len(weight))
+
+    def pullback(d_out):
+        """Gradients of x, weight and bias."""
+        d_out = floats("d_out", d_out, ("outputs",))
+        if d_out.shape != out.shape:
+            raise ValueError(f"d_out has shape {d_out.shape}, expected {out.shape}")
+        d_rows = d_out.reshape(len(rows), len(weight)).astype(compute_dtype(x, weight), copy=False)
+        d_x = _core.linear(d_rows, np.ascontiguousarray(weight.T), None, threads)
+        d_weight = _sum_of_products(d_rows, rows, threads)
+        d_bias = None if bias is None else stored(d_rows.sum(axis=0), bias.dtype)
+        return LinearGradients(
+            stored(d_x, x.dtype).reshape(x.shape), stored(d_weight, weight.dtype), d_bias
+        )
+
+    return out, pullback
+
+
+def _sum_of_products(d_rows, rows, threads):
+    """d_rows.T @ rows, summed over chunks of the rows."""
+    total = np.zeros((d_rows.shape[1], rows.shape[1]), d_rows.dtype)
+    for first in range(0, len(rows), ROWS_IN_CHAIN):
+        part = slice(first, first + ROWS_IN_CHAIN)
+        total += _core.linear(d_rows[part].T, rows[part].T, None, threads)
+    return total
+
+
 def project_heads(inputs, weights, sizes, threads):
     """q, k and v of (query, key, value), shape (..., heads, seqlen, head_dim): views of as few
     products as can be."""
@@ -73,6 +141,17 @@ def project_heads(inputs, weights, sizes, threads):
         for i in (first, *others):
             parts.append(y[..., edges[i] - heads.start : edges[i + 1] - heads.start, :, :])
     return parts
+
+
+def with_extra_keys(layer, x, name):
+    """Keys or values, and after them the learned one and zeros: not part of the sequence."""
+    parts, shape = [x], (*x.shape[:-2], 1, layer.head_dim)
+    if layer.add_bias_kv:
+        learned = layer.weights[name].reshape(layer.num_kv_heads, 1, layer.head_dim)
+        parts.append(np.broadcast_to(learned, shape))
+    if layer.add_zero_attn:
+        parts.append(np.zeros(shape, layer.dtype))
+    return np.concatenate(parts, axis=-2) if len(parts) > 1 else x
 
 
 def plain_linear(x, weight, bias, threads):

@@ -4,7 +4,7 @@ import numpy as np
 from onnx.reference.op_run import OpRun
 
 from .._core import ask
-from ..arguments import check_broadcast, integers
+from ..arguments import check_broadcast, integers, stored
 from ..attention import attention
 from ..options import checked
 from .heads import pack_heads, split_heads
@@ -92,7 +92,12 @@ class Attention(OpRun):
             q = q.astype(np.float64)
         y, scores = self.answers((q, k, v), options, qk_matmul_output_mode)
         y = stored(y, Q.dtype)
-        return self.named(y if Q.ndim == 4 else pack_heads(y), k, v, stored(scores, Q.dtype))
+        return self.named(
+            y if Q.ndim == 4 else pack_heads(y),
+            k,
+            v,
+            scores if scores is None else stored(scores, Q.dtype),
+        )
 
     def check_caches(self, past_key, past_value, nonpad_kv_seqlen):
         """Past and present go together; there is one cache, inside or outside."""
@@ -183,9 +188,3 @@ def is_double(precision):
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"softmax_precision is {precision}, expected one of {PRECISIONS}")
     return precision == DOUBLE
-
-
-def stored(x, dtype):
-    """Rounded to a storage dtype, where what is too large is infinite."""
-    with np.errstate(over="ignore"):
-        return None if x is None else x.astype(dtype, copy=False)

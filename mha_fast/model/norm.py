@@ -1,0 +1,107 @@
+"""Layer norm, and its gradients."""
+
+import numpy as np
+
+from ..arguments import compute_dtype, floats, stored
+from ..options import finite
+from ..results import NormGradients
+
+
+def layer_norm(x, weight, bias=None, *, eps=1e-5):
+    """Rows of mean 0 and variance 1, times `weight`, plus `bias`.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., width)
+        float16, bfloat16 (`ml_dtypes`), float32 or float64.
+    weight : array_like, shape (width,)
+    bias : array_like, shape (width,), optional
+    eps : float
+        Added to the variance.
+
+    Returns
+    -------
+    ndarray, shape (..., width)
+        Of the dtype of `x`; 16-bit floats are computed in float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has another dtype or shape, or `eps` is below 0.
+
+    Notes
+    -----
+    Ba et al., "Layer normalization" (arXiv 1607.06450).
+
+    Examples
+    --------
+    >>> layer_norm([[1.0, 3.0]], [1.0, 1.0], eps=0.0)
+    array([[-1.,  1.]])
+    """
+    return layer_norm_vjp(x, weight, bias, eps=eps)[0]
+
+
+def layer_norm_vjp(x, weight, bias=None, *, eps=1e-5):
+    """`layer_norm`, and its vector-Jacobian product.
+
+    Parameters
+    ----------
+    x, weight, bias, eps
+        As in `layer_norm`.
+
+    Returns
+    -------
+    result : ndarray
+        What `layer_norm` returns.
+    pullback : callable
+        ``pullback(d_out)``, an array of floats of the shape of the result, returns
+        `NormGradients`: ``x``, ``weight``, ``bias``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `layer_norm`; the pullback for a cotangent of another dtype or shape.
+
+    Examples
+    --------
+    >>> out, pullback = layer_norm_vjp([[1.0, 3.0]], [2.0, 1.0], eps=0.0)
+    >>> pullback([[1.0, 1.0]]).weight
+    array([-1.,  1.])
+    """
+    x, weight, bias, eps = _plain(x, weight, bias, eps)
+    real = compute_dtype(x)
+    wide = x.astype(real, copy=False)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    spread = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + real.type(eps))
+    normed = np.divide(centred, spread, out=centred)
+    out = normed * weight.astype(real)
+    if bias is not None:
+        out += bias.astype(real)
+
+    def pullback(d_out):
+        """Gradients of x, weight and bias."""
+        d_out = floats("d_out", d_out, ("width",)).astype(real, copy=False)
+        if d_out.shape != x.shape:
+            raise ValueError(f"d_out has shape {d_out.shape}, expected {x.shape}")
+        rows = tuple(range(x.ndim - 1))
+        d_normed = d_out * weight.astype(real)
+        shared = (d_normed * normed).mean(axis=-1, keepdims=True)
+        d_x = (d_normed - d_normed.mean(axis=-1, keepdims=True) - normed * shared) / spread
+        d_weight = stored((d_out * normed).sum(axis=rows), weight.dtype)
+        d_bias = None if bias is None else stored(d_out.sum(axis=rows), bias.dtype)
+        return NormGradients(stored(d_x, x.dtype), d_weight, d_bias)
+
+    return stored(out, x.dtype), pullback
+
+
+def _plain(x, weight, bias, eps):
+    x = floats("x", x, ("width",))
+    weight = floats("weight", weight, ("width",))
+    bias = None if bias is None else floats("bias", bias, ("width",))
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {parameter.shape}, expected {x.shape[-1:]}")
+    eps = finite("eps", eps, None)
+    if eps is None or eps < 0:
+        raise ValueError(f"eps is {eps}, expected a number of at least 0")
+    return x, weight, bias, eps
