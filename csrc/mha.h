@@ -54,6 +54,9 @@ enum {
     MHA_ROW_GROUP = 192,
     /* Rows per task of a rotation: their angles stay in the cache for all heads. */
     MHA_ROTARY_ROWS = 64,
+    /* Rows per task of a norm, whose gradients of the weight are one chain: changing it changes
+     * bits. */
+    MHA_NORM_ROWS = 64,
 };
 
 #define MHA_OPEN PTRDIFF_MAX /* a window without an edge on that side */
@@ -176,6 +179,16 @@ typedef struct {
     idx pairs;
     int interleaved; /* neighbours are pairs, else halves */
 } mha_rotation;
+
+/* Layer norm of dense rows in the compute dtype, or with d_out its way back. */
+typedef struct {
+    idx rows, width;
+    double eps;
+    const void *x, *weight, *bias; /* bias may be NULL */
+    void *out, *stats;             /* [rows][width]; [rows][2]: mean, 1 / spread */
+    const void *d_out;             /* [rows][width] */
+    void *d_x, *sums;              /* [rows][width]; [tasks][2][width], of d_weight and d_bias */
+} mha_norm;
 
 /* Where a task's tile is: its rows, the keys that exist, the position of query 0, K and V. */
 typedef struct {
@@ -306,6 +319,7 @@ typedef struct {
     const mha_pull *pull;
     const mha_probe *probe;
     int (*rotate)(const mha_rotation *, idx task); /* 0: out of memory */
+    int (*norm)(const mha_norm *, idx task);
 } mha_kernels;
 
 typedef struct {

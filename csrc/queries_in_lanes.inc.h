@@ -253,15 +253,32 @@ static void FN(queries_weighted_sum)(mha_tile *t)
     FN(queries_merge_part)(t, part);
 }
 
-/* Q^T * factor into q_panel. Lanes past the last row repeat it. */
+/* The same where rows lie side by side, as in a view of a transposed array: Q^T as it is. */
+static void FN(pack_columns)(mha_tile *t, int g, vec scale)
+{
+    const idx step = t->problem->q.col_bytes / (idx)sizeof(REAL);
+    const int left = t->place.rows - g * VLEN, live = left < VLEN ? left : VLEN;
+    const REAL *column = (const REAL *)t->row.q[g * VLEN];
+    REAL *lanes = (REAL *)t->q_panel + g * VLEN;
+    for (idx d = 0; d < t->problem->n.head_dim; d++, column += step)
+        v_store(lanes + d * LANES, v_mul(FN(load_some)(column, live), scale));
+}
+
+/* Q^T * factor into q_panel. Lanes past the last row repeat it, or are 0. */
 static void FN(pack_q)(mha_tile *t, REAL factor)
 {
     const mha_array *q = &t->problem->q;
     const idx dim = t->problem->n.head_dim;
     const vec scale = v_set1(factor);
+    const int columns = q->row_bytes == sizeof(REAL) && t->problem->n.group_size == 1 && dim > 1 &&
+                        FN(in_place)(t->row.q[0], 0, q->col_bytes, q->dtype);
 
     for (int g = 0; g < t->vectors; g++) {
         const REAL *row[VLEN];
+        if (columns) {
+            FN(pack_columns)(t, g, scale);
+            continue;
+        }
         for (int i = 0; i < VLEN; i++) {
             const char *src = t->row.q[g * VLEN + i];
             row[i] = (const REAL *)src;

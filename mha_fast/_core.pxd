@@ -19,6 +19,7 @@ cdef extern from "mha.h" nogil:
         MHA_SHARE
         MHA_ROW_GROUP
         MHA_ROTARY_ROWS
+        MHA_NORM_ROWS
         MHA_BOOL
         MHA_F16
         MHA_BF16
@@ -125,6 +126,19 @@ cdef extern from "mha.h" nogil:
         idx pairs
         bint interleaved
 
+    ctypedef struct mha_norm:
+        idx rows
+        idx width
+        double eps
+        const void *x
+        const void *weight
+        const void *bias
+        void *out
+        void *stats
+        const void *d_out
+        void *d_x
+        void *sums
+
     ctypedef struct mha_place:
         int rows
 
@@ -175,6 +189,7 @@ cdef extern from "mha.h" nogil:
         const mha_pull *pull
         const mha_probe *probe
         int (*rotate)(const mha_rotation *, idx task) noexcept nogil
+        int (*norm)(const mha_norm *, idx task) noexcept nogil
 
     ctypedef struct mha_isa:
         const char *name

@@ -94,6 +94,20 @@ def rotate(
     interleaved: bool,
     threads: int | None,
 ) -> None: ...
+def norm_rows(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    eps: float,
+    threads: int | None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+def pull_back_norm(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    stats: NDArray[Any],
+    d_out: NDArray[Any],
+    threads: int | None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
 def get_threads() -> int: ...
 def get_threads_set() -> int: ...
 def set_threads(count: int) -> None: ...

@@ -3,7 +3,8 @@
 
 Around it: _plan.pxi plans a call, _team.pxi shares its tasks out among threads; _question.pxi
 makes a question of a call's arguments, _values.pxi and _arrays.pxi C of its values and arrays,
-_linear.pxi products of scores, _rotary.pxi turned rows; _settings.pxi is what the process chose.
+_gradient.pxi goes back, _linear.pxi, _rotary.pxi and _norm.pxi are what stands around attention;
+_settings.pxi is what the process has chosen.
 """
 
 import os
@@ -163,3 +164,4 @@ include "_question.pxi"
 include "_gradient.pxi"
 include "_linear.pxi"
 include "_rotary.pxi"
+include "_norm.pxi"

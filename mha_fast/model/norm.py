@@ -1,13 +1,16 @@
 """Layer norm, and its gradients."""
 
+import math
+
 import numpy as np
 
-from ..arguments import compute_dtype, floats, stored
+from .. import _core
+from ..arguments import compute_dtype, floats, stored, thread_count
 from ..options import finite
 from ..results import NormGradients
 
 
-def layer_norm(x, weight, bias=None, *, eps=1e-5):
+def layer_norm(x, weight, bias=None, *, eps=1e-5, threads=None):
     """Rows of mean 0 and variance 1, times `weight`, plus `bias`.
 
     Parameters
@@ -18,6 +21,8 @@ def layer_norm(x, weight, bias=None, *, eps=1e-5):
     bias : array_like, shape (width,), optional
     eps : float
         Added to the variance.
+    threads : int, optional
+        Upper limit for this call; see `set_num_threads`. It changes no bit of the result.
 
     Returns
     -------
@@ -38,15 +43,15 @@ def layer_norm(x, weight, bias=None, *, eps=1e-5):
     >>> layer_norm([[1.0, 3.0]], [1.0, 1.0], eps=0.0)
     array([[-1.,  1.]])
     """
-    return layer_norm_vjp(x, weight, bias, eps=eps)[0]
+    return layer_norm_vjp(x, weight, bias, eps=eps, threads=threads)[0]
 
 
-def layer_norm_vjp(x, weight, bias=None, *, eps=1e-5):
+def layer_norm_vjp(x, weight, bias=None, *, eps=1e-5, threads=None):
     """`layer_norm`, and its vector-Jacobian product.
 
     Parameters
     ----------
-    x, weight, bias, eps
+    x, weight, bias, eps, threads
         As in `layer_norm`.
 
     Returns
@@ -69,29 +74,26 @@ def layer_norm_vjp(x, weight, bias=None, *, eps=1e-5):
     array([-1.,  1.])
     """
     x, weight, bias, eps = _plain(x, weight, bias, eps)
+    threads = thread_count("threads", threads)
     real = compute_dtype(x)
-    wide = x.astype(real, copy=False)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
-    spread = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + real.type(eps))
-    normed = np.divide(centred, spread, out=centred)
-    out = normed * weight.astype(real)
-    if bias is not None:
-        out += bias.astype(real)
+    rows = np.ascontiguousarray(x, real).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    scale, shift = (None if a is None else np.require(a, real, ["C", "ALIGNED"])
+                    for a in (weight, bias))  # fmt: skip
+    out, stats = _core.norm_rows(rows, scale, shift, eps, threads)
 
     def pullback(d_out):
         """Gradients of x, weight and bias."""
-        d_out = floats("d_out", d_out, ("width",)).astype(real, copy=False)
+        d_out = floats("d_out", d_out, ("width",))
         if d_out.shape != x.shape:
             raise ValueError(f"d_out has shape {d_out.shape}, expected {x.shape}")
-        rows = tuple(range(x.ndim - 1))
-        d_normed = d_out * weight.astype(real)
-        shared = (d_normed * normed).mean(axis=-1, keepdims=True)
-        d_x = (d_normed - d_normed.mean(axis=-1, keepdims=True) - normed * shared) / spread
-        d_weight = stored((d_out * normed).sum(axis=rows), weight.dtype)
-        d_bias = None if bias is None else stored(d_out.sum(axis=rows), bias.dtype)
-        return NormGradients(stored(d_x, x.dtype), d_weight, d_bias)
+        d_rows = np.ascontiguousarray(d_out, real).reshape(rows.shape)
+        d_x, d_weight, d_bias = _core.pull_back_norm(rows, scale, stats, d_rows, threads)
+        d_bias = None if bias is None else stored(d_bias, bias.dtype)
+        return NormGradients(
+            stored(d_x, x.dtype).reshape(x.shape), stored(d_weight, weight.dtype), d_bias
+        )
 
-    return stored(out, x.dtype), pullback
+    return stored(out, x.dtype).reshape(x.shape), pullback
 
 
 def _plain(x, weight, bias, eps):
