@@ -22,7 +22,7 @@ FIELD = {
 # attribute for each side of a window; a cache has a window too. A bias is a transform with an array
 # of its own, so C finds its rows for a tile and reads them; a number (softcap) needs neither;
 # packed sequences have none.
-# The `bias` of a layer's product is another argument, so its files are not searched.
+# The `bias` of a product or a norm is another argument, so its files are not searched.
 ROW_OF = {"window": "an interval mask", "bias": "a score transform"}
 ALSO = {
     "window": {
@@ -33,7 +33,10 @@ ALSO = {
     },
     "bias": {"csrc/tile.c", "csrc/terms.inc.h", "mha_fast/varlen.py"},
 }
-NOT_SEARCHED = {"window": (), "bias": ("mha_fast/model/", "mha_fast/_linear.pxi")}
+NOT_SEARCHED = {
+    "window": (),
+    "bias": ("mha_fast/model/", "mha_fast/_linear.pxi", "mha_fast/_norm.pxi"),
+}
 # Listed, but without a word about these options: where a transform is a line of the kernel, a bias
 # is one of the terms that come as vectors, and the canonical arithmetic is a comment.
 SILENT = {
