@@ -70,7 +70,8 @@ class TinyLM:
         for i in range(self.config.layers):
             for part in (self.attend, self.feed_forward):
                 change, pull = part(i, x)
-                x = x + change
+                change += x
+                x = change
                 pulls.append(pull)
         normed, pull_norm = self.norm("norm", x)
         logits, pull_logits = linear_vjp(normed, embedding)
@@ -80,7 +81,8 @@ class TinyLM:
             found = {"embedding": back.weight}
             d_x = pull_norm(back.x, found)
             for pull in reversed(pulls):
-                d_x = d_x + pull(d_x, found)
+                change = pull(d_x, found)
+                d_x = np.add(d_x, change, out=change)
             np.add.at(found["embedding"], tokens, d_x)  # the same matrix reads and writes
             return found
 
@@ -113,12 +115,14 @@ class TinyLM:
         square of Primer (So et al., arXiv 2109.08668)."""
         normed, pull_norm = self.norm(f"{i}.norm_2", x)
         hidden, pull_up = linear_vjp(normed, self.parameters[f"{i}.up.weight"])
-        active = np.maximum(hidden, 0)
+        active = np.maximum(hidden, 0, out=hidden)
         y, pull_down = linear_vjp(active * active, self.parameters[f"{i}.down.weight"])
 
         def pullback(d_y, found):
             d_square, found[f"{i}.down.weight"], _ = pull_down(d_y)
-            d_normed, found[f"{i}.up.weight"], _ = pull_up(2 * d_square * active)
+            d_square *= active
+            d_square *= 2
+            d_normed, found[f"{i}.up.weight"], _ = pull_up(d_square)
             return pull_norm(d_normed, found)
 
         return y, pullback

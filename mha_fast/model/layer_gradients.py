@@ -6,7 +6,7 @@ from ..gradients import attention_vjp
 from ..results import LayerGradients
 from .layer_arguments import plain_tokens, rotation, score_terms
 from .layer_weights import PACKED, SEPARATE
-from .projection import linear_vjp, with_extra_keys
+from .projection import head_products, heads_of, linear_vjp, with_extra_keys
 
 
 def layer_vjp(layer, query, key, value, rotary, masks, options, threads):
@@ -20,9 +20,12 @@ def layer_vjp(layer, query, key, value, rotary, masks, options, threads):
         *masks, options["causal"], (*query.shape[:-1], key.shape[-2]), layer.num_heads,
         extra_keys, layer.dtype,
     )  # fmt: skip
-    projections = [_project(weights, sizes, x, i, threads) for i, x in enumerate(inputs)]
-    q, k, v = (heads for heads, _ in projections)
-    q, k, v = rotation(rotary, query, key, None, threads)(q, k, v)
+    parts, pulls = {}, []
+    for run, x, weight, rows_bias in head_products(inputs, weights, sizes):
+        y, pull = linear_vjp(x, weight, rows_bias, threads=threads)
+        parts |= heads_of(y, run, sizes)
+        pulls.append((run, pull))
+    q, k, v = rotation(rotary, query, key, None, threads)(*(parts[i] for i in range(3)))
     k, v = with_extra_keys(layer, k, "bias_k"), with_extra_keys(layer, v, "bias_v")
     options = options | {"bias": bias, "causal": options["causal"] and not extra_keys}
     attended, pull_attention = attention_vjp(q, k, v, mask, threads=threads, **options)
@@ -39,25 +42,23 @@ def layer_vjp(layer, query, key, value, rotary, masks, options, threads):
         of = pull_attention(d_heads.swapaxes(-2, -3))
         d_q, d_k, d_v = of.q, *_without_extra_keys(layer, found, of.k, of.v, extra_keys)
         d_q, d_k, _ = rotation(_turned_back(rotary), query, key, None, threads)(d_q, d_k, d_v)
-        d_inputs, parts = [], []
-        for (_, pull), d in zip(projections, (d_q, d_k, d_v), strict=True):
-            d_x, d_weight, d_bias = pull(d.swapaxes(-2, -3).reshape(*d.shape[:-3], d.shape[-2], -1))
-            d_inputs.append(d_x)
-            parts.append((d_weight, d_bias))
-        found |= _parameters(sizes, *zip(*parts, strict=True))
+        d_inputs, d_parameters = {}, []
+        for run, pull in pulls:
+            rows = [_rows((d_q, d_k, d_v)[i]) for i in run]
+            d_x, *of_rows = pull(np.concatenate(rows, axis=-1))
+            d_inputs[run[0]] = d_x
+            d_parameters.append(of_rows)
+        found |= _parameters(sizes, *zip(*d_parameters, strict=True))
         found = {name: found[name] for name in weights}
         return LayerGradients(*_of_inputs(given, d_inputs), found, of.sinks)
 
     return out, pullback
 
 
-def _project(weights, sizes, x, i, threads):
-    """The heads of q, k or v, and the way back."""
-    rows = slice(sizes.edges[i] * sizes.head_dim, sizes.edges[i + 1] * sizes.head_dim)
-    weight = weights[PACKED][rows] if sizes.packed else weights[SEPARATE[i]]
-    bias = weights["in_proj_bias"][rows] if sizes.bias else None
-    y, pull = linear_vjp(x, weight, bias, threads=threads)
-    return y.reshape(*y.shape[:-1], -1, sizes.head_dim).swapaxes(-2, -3), pull
+def _rows(heads):
+    """(..., heads, seqlen, head_dim) as (..., seqlen, heads * head_dim)."""
+    *batch, num_heads, seqlen, head_dim = heads.shape
+    return heads.swapaxes(-2, -3).reshape(*batch, seqlen, num_heads * head_dim)
 
 
 def _turned_back(rotary):
@@ -87,14 +88,14 @@ def _parameters(sizes, d_weights, d_biases):
 
 def _of_inputs(given, d_inputs):
     """One gradient for each array that was given: what it was used for adds up."""
-    owner, names = {}, list(given)
+    names, owner, sums = list(given), {}, dict.fromkeys(given)
     for i, name in enumerate(names):
-        x = given[name]
-        same = next((n for n in names[:i] if x is None or x is given[n]), name)
-        # Default: a key is the query, a value the key.
-        owner[name] = owner[names[i - 1]] if x is None else owner.get(same, name)
-    sums = dict.fromkeys(names)
-    for name, d in zip(names, d_inputs, strict=True):
-        at = owner[name]
-        sums[at] = d if sums[at] is None else sums[at] + d
-    return sums["query"], sums["key"], sums["value"]
+        same = (n for n in names[:i] if given[name] is given[n])
+        # A key is by default the query, a value the key.
+        owner[name] = (
+            owner[names[i - 1]] if given[name] is None else owner.get(next(same, ""), name)
+        )
+        if i in d_inputs:
+            at = owner[name]
+            sums[at] = d_inputs[i] if sums[at] is None else sums[at] + d_inputs[i]
+    return tuple(sums.values())

@@ -129,18 +129,27 @@ def _sum_of_products(d_rows, rows, threads):
 def project_heads(inputs, weights, sizes, threads):
     """q, k and v of (query, key, value), shape (..., heads, seqlen, head_dim): views of as few
     products as can be."""
-    edges, parts = sizes.edges, []
+    found = {}
+    for run, x, weight, bias in head_products(inputs, weights, sizes):
+        found |= heads_of(linear(x, weight, bias, threads=threads), run, sizes)
+    return [found[i] for i in range(3)]
+
+
+def head_products(inputs, weights, sizes):
+    """The products that make q, k and v, one for inputs in a row that are the same array: which of
+    the three, the input, and its rows of weight and bias."""
     for _, run in itertools.groupby(range(3), lambda i: id(inputs[i]) if sizes.packed else i):
-        first, *others = run
-        heads = slice(edges[first], edges[first + len(others) + 1])
-        rows = slice(heads.start * sizes.head_dim, heads.stop * sizes.head_dim)
-        weight = weights[PACKED][rows] if sizes.packed else weights[SEPARATE[first]]
-        bias = weights["in_proj_bias"][rows] if sizes.bias else None
-        y = linear(inputs[first], weight, bias, threads=threads)
-        y = y.reshape(*y.shape[:-1], heads.stop - heads.start, sizes.head_dim).swapaxes(-2, -3)
-        for i in (first, *others):
-            parts.append(y[..., edges[i] - heads.start : edges[i + 1] - heads.start, :, :])
-    return parts
+        run = list(run)
+        rows = slice(*(sizes.edges[i] * sizes.head_dim for i in (run[0], run[-1] + 1)))
+        weight = weights[PACKED][rows] if sizes.packed else weights[SEPARATE[run[0]]]
+        yield run, inputs[run[0]], weight, weights["in_proj_bias"][rows] if sizes.bias else None
+
+
+def heads_of(y, run, sizes):
+    """{number: (..., heads, seqlen, head_dim)} of a product (..., seqlen, rows): views."""
+    first, end = sizes.edges[run[0]], sizes.edges[run[-1] + 1]
+    y = y.reshape(*y.shape[:-1], end - first, sizes.head_dim).swapaxes(-2, -3)
+    return {i: y[..., sizes.edges[i] - first : sizes.edges[i + 1] - first, :, :] for i in run}
 
 
 def with_extra_keys(layer, x, name):
