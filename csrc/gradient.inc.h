@@ -33,6 +33,8 @@ typedef struct {
     idx pad;
 } FN(outer);
 
+_Static_assert(MHA_ROW_GROUP % LANES == 0, "whole tiles make a group");
+
 static idx FN(padded)(idx dim) { return (dim + VLEN - 1) / VLEN * VLEN; }
 
 /* Lay out the buffers from `at` on, which may be NULL; returns their bytes. */

@@ -52,7 +52,7 @@ void *calloc(size_t n, size_t bytes)
 SETUP = """
 import ctypes, sys, threading
 import numpy as np, mha_fast
-from mha_fast import attention, linear
+from mha_fast import attention, attention_stats, attention_vjp, layer_norm_vjp, linear, rotary
 
 shim = ctypes.CDLL(LIBRARY)
 countdown = ctypes.c_long.in_dll(shim, "countdown")
@@ -69,6 +69,7 @@ def random(*shape):
 
 CALLS = """
 few, many, keys = random(8, 64), random(8, 800, 64), random(100_000, 64)
+more, halves = keys[:20_000], many.astype(np.float16)
 x, weight, bias = random(1500, 512), random(1500, 512), random(1500)
 CALLS = {
     "one thread": lambda: attention(few, keys, keys, threads=1),
@@ -76,6 +77,11 @@ CALLS = {
     "split keys": lambda: attention(few, keys, keys, threads=2),
     "weights": lambda: attention(few, keys, keys, threads=2, return_weights=True),
     "linear": lambda: linear(x, weight, bias, threads=2),
+    "gradients": lambda: attention_vjp(many, many, many, threads=2)[1](many)[:3],
+    "gradients of one head": lambda: attention_vjp(few, more, more, threads=3)[1](few)[:3],
+    "statistics": lambda: attention_stats(many, many, many, threads=2)[:4],
+    "rotary": lambda: rotary(halves, x[:800, :32], x[:800, 32:64], threads=2),
+    "norm": lambda: layer_norm_vjp(x, x[0], threads=2)[1](x)[:2],
 }
 
 def outcome_of(call, n):
@@ -99,7 +105,7 @@ def same(a, b):
 
 expected = {name: call() for name, call in CALLS.items()}
 watch(MODULE)
-for name, call in CALLS.items():
+for name, call in list(CALLS.items())[:COUNT]:
     reached, n = True, 0
     while reached:
         n, outcomes = n + 1, []
@@ -134,11 +140,18 @@ def output_beside(library, output_of):
     return run
 
 
+# Of NumPy's allocations only those of calls without its arithmetic: a ufunc that has no memory for
+# its buffers crashes NumPy 2.4, which raises the error without the GIL.
+OF_NUMPY = 5
+
+
 @needs_compiler
-@pytest.mark.parametrize("module", ["mha_fast/_core", "numpy/_core/_multiarray_umath"])
-def test_every_failing_allocation_is_a_memory_error(output_beside, module):
-    counts = [int(n) for n in output_beside(CALLS + EVERY_ONE, MODULE=module).split()]
-    assert all(counts), "no allocation was made to fail"
+@pytest.mark.parametrize(
+    ("module", "count"), [("mha_fast/_core", None), ("numpy/_core/_multiarray_umath", OF_NUMPY)]
+)
+def test_every_failing_allocation_is_a_memory_error(output_beside, module, count):
+    output = output_beside(CALLS + EVERY_ONE, MODULE=module, COUNT=count)
+    assert all(int(n) for n in output.split()), "no allocation was made to fail"
 
 
 @needs_compiler
@@ -238,4 +251,4 @@ def test_rows_too_long_for_any_memory_are_a_memory_error(width, real):
 def test_canary_a_hidden_failure_is_found(output_beside):
     hidden = EVERY_ONE.replace("*outcome_of(call, n)", "True, call()")
     with pytest.raises(AssertionError, match="failure of allocation 1 is hidden"):
-        output_beside(CALLS + hidden, MODULE="mha_fast/_core")
+        output_beside(CALLS + hidden, MODULE="mha_fast/_core", COUNT=None)
