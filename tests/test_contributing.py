@@ -21,7 +21,8 @@ FIELD = {
 # Files beyond the row's that may spell it. A linear layer says that its spans are open; ONNX has an
 # attribute for each side of a window; a cache has a window too. A bias is a transform with an array
 # of its own, so C finds its rows for a tile and reads them; a number (softcap) needs neither;
-# packed sequences have none.
+# packed sequences have none;
+# doors into other programs name what they differentiate.
 # The `bias` of a product or a norm is another argument, so its files are not searched.
 ROW_OF = {"window": "an interval mask", "bias": "a score transform"}
 ALSO = {
@@ -31,7 +32,13 @@ ALSO = {
         "mha_fast/model/cache.py",
         "mha_fast/model/cache_file.py",
     },
-    "bias": {"csrc/tile.c", "csrc/terms.inc.h", "mha_fast/varlen.py"},
+    "bias": {
+        "csrc/tile.c",
+        "csrc/terms.inc.h",
+        "mha_fast/varlen.py",
+        "mha_fast/autograd.py",
+        "mha_fast/jax.py",
+    },
 }
 NOT_SEARCHED = {
     "window": (),

@@ -18,9 +18,10 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module_run(name):
-    for extra, library in (("viz", "matplotlib"), ("onnx", "onnx")):
-        if name.split(".")[0] == extra:
-            pytest.importorskip(library, reason=f'pip install "mha_fast[{extra}]"')
+    extra = name.split(".")[0]
+    if extra in ("autograd", "jax", "onnx", "viz"):
+        library = "matplotlib" if extra == "viz" else extra
+        pytest.importorskip(library, reason=f'pip install "mha_fast[{extra}]"')
     module = importlib.import_module(f"mha_fast.{name}")
     assert doctest.testmod(module).failed == 0
 
