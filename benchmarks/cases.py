@@ -6,7 +6,7 @@ commits are compared by them. To add a case, add one row to ``CASES``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from problem import ITEM_BYTES, Problem, normal
@@ -140,8 +140,7 @@ class Case(Problem):
         """Like `flops`, as if every batch row had its full length."""
         if self.mask not in ("padding", "lengths"):
             return self.flops()
-        full = Case(**{**vars(self), "mask": None})
-        return full.flops()
+        return replace(self, mask=None).flops()
 
     def kv_bytes(self):
         """Bytes of K and V that at least one query sees."""

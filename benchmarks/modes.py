@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import backward
 import layer
 import linear
 import pairs
@@ -78,6 +79,8 @@ MODES = {
              heads_sweep, names=SWEEP_SYSTEMS),
         Mode("lengths", "Sequence lengths", "time against the sequence length, plotted",
              lengths_sweep, names=SWEEP_SYSTEMS),
+        Mode("backward", "The backward pass", "gradients of q, k and v, without the forward pass",
+             backward.backward_cases, backward, table=backward.table),
         Mode("linear", "Products of the layer", "the layer's products alone",
              linear.linear_sizes, linear),
         Mode("layer", "The layer", "projections, attention, output projection",

@@ -176,11 +176,13 @@ class Torch(System):
         q, k, v = (self.tensor(inputs[name]) for name in "qkv")
         if case.weights:
             return lambda: self.attention(q, k, v)
+        options = self.sdpa_options(case, inputs)
+        return lambda: attend(q, k, v, **options)
+
+    def sdpa_options(self, case, inputs):
         causal, mask = merge_bias(case, inputs)
         options = {"is_causal": causal, "enable_gqa": case.group_size > 1}
-        if mask is not None:
-            options["attn_mask"] = self.tensor(mask)
-        return lambda: attend(q, k, v, **options)
+        return options if mask is None else {**options, "attn_mask": self.tensor(mask)}
 
     def attention(self, q, k, v):
         """As its own module computes it for need_weights."""

@@ -22,6 +22,7 @@ THREAD_VARIABLES = (
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
+    "NPROC",  # of JAX
 )
 SETTLE = 0.005  # seconds for a stop to reach every thread of a process
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import backward
 import layer
 import linear
 import modes
@@ -14,12 +15,14 @@ import pytest
 import report
 import scaling
 import systems
+from backward import Backward
 from cases import Case
 
 FOLDER = Path(modes.__file__).parent
 QUICK = ["--rounds", "1", "--seconds", "0.001", "--systems", "mha_fast", "numpy"]
 SMALL = {  # one of each mode, small enough for a test
     "table": ("tiny_h1_s16", "decode_transposed"),
+    "backward": ("backward_paper512_s64",),
     "linear": ("linear_d512_out_r64",),
     "layer": ("layer_d512_b1_s64",),
     "pairs": ("pair_s16",),
@@ -32,6 +35,8 @@ KINDS = {
     "float16": (Case("c", 1, 2, 2, 5, 7, 8, dtype="float16"), systems),
     "bfloat16": (Case("c", 1, 2, 2, 5, 7, 8, dtype="bfloat16"), systems),
     "options": (Case("c", 2, 4, 2, 5, 7, 8, options=("softcap", "alibi", "sinks")), systems),
+    "backward": (Backward("b", 2, 4, 2, 5, 7, 8, options=("alibi", "sinks")), backward),
+    "causal backward": (Backward("b", 1, 4, 2, 5, 7, 8, causal=True), backward),
     "linear": (linear.Linear("l", 3, 8, 5), linear),
     "layer": (layer.Layer("l", 2, 5, 8, 2), layer),
     "causal layer": (layer.Layer("l", 2, 5, 8, 2, causal=True), layer),
@@ -129,6 +134,30 @@ def test_transposed_keys_and_values_are_views_with_the_same_numbers():
         assert views[name].swapaxes(-1, -2).flags.c_contiguous
 
 
+def test_the_check_of_gradients_knows_dropout_and_the_forward_pass(restored_threads):
+    case = Backward("b", 2, 4, 2, 5, 9, 8, options=("dropout",))
+    inputs = case.make_inputs()
+    for name in ("mha_fast", backward.FORWARD):
+        player = backward.SYSTEMS[name](1)
+        output = player.canonical(player.prepare(case, inputs)(), case)
+        case.check(inputs, output)
+        with pytest.raises(ValueError, match="wrong result"):
+            case.check({**inputs, "seed": inputs["seed"] + 1}, output)
+
+
+def test_a_sample_of_gradients_has_rows_of_every_head_and_the_first_and_last_keys():
+    case = Backward("b", 2, 8, 8, 70, 90, 4)
+    inputs, player = case.make_inputs(), backward.SYSTEMS["numpy"](1)
+    output = player.prepare(case, inputs)()
+    for array, at in ((output[0], (0, 5)), (output[1], (1, 7, 89)), (output[2], (0, 0, 0))):
+        right = array[at].copy()
+        array[at] *= 1.01
+        with pytest.raises(ValueError, match="wrong result"):
+            case.check(inputs, output)
+        array[at] = right
+    case.check(inputs, output)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_flops_of_a_layer_are_those_of_its_parts(causal):
     n, d = 6, 16
@@ -162,6 +191,19 @@ def test_a_pair_is_held_against_the_sum_of_its_parts():
     _, rows = pairs.table([{"case": "c", "systems": entries}])
     assert rows[0][2:] == ["1 ms", "3 ms", "5 ms", "1.25x", "10 ms", "1.25x"]
     assert rows[1][2:] == ["2 ms", "3 ms", "-", "-", "-", "-"]
+
+
+def test_a_backward_pass_is_held_against_the_share_of_the_forward_pass():
+    case, forward = (kind("c", 1, 2, 1, 5, 7, 8, causal=True) for kind in (Backward, Case))
+    assert case.flops() == 2.5 * forward.flops()
+    times = {"mha_fast": 5e-3, backward.FORWARD: 1.5e-3, "torch": 1e-2}
+    systems = {name: {"status": "ok", "best": time, "median": time} for name, time in times.items()}
+    result = {"case": "c", "unit": "flops", "flops": 1e9, "peak": 400.0, "systems": systems}
+    header, rows = backward.table([result])
+    assert header[4:] == ["share", "forward", "/ its share", "torch"]
+    assert rows[0][4:] == ["50 %", "1.5 ms", "0.75", "2.00x  25 %"]
+    del systems[backward.FORWARD]
+    assert backward.table([result])[1][0][5:7] == ["-", "-"]
 
 
 def test_files_are_compared_case_by_case_within_a_mode():
