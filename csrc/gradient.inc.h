@@ -8,9 +8,9 @@
  *
  * Canonical order, the rest of it in kernel.inc.h:
  *   8. delta is a sum of doubles, in 8 chains of every eighth column that pair up at the end.
- *   9. dV and dK of a key: one FMA chain from 0 over the rows of a group of MHA_ROW_GROUP, counted
- *      from row 0 (position, head of the group); groups add up from 0, the last rows first, by
- *      fma(group, scale, sum), where the scale of dV is 1.
+ *   9. dV and dK of a key: one FMA chain from 0 over each MHA_ROW_CHAIN rows, counted from row 0
+ *      (position, head of the group); chains add up from 0, the last rows first, by
+ *      fma(chain, scale, sum), where the scale of dV is 1.
  *  10. dQ of a row: one FMA chain from 0 over the keys of MHA_SHARE blocks, counted from key 0;
  *      these shares add up likewise from 0 in key order. */
 
@@ -21,17 +21,20 @@ typedef struct {
     REAL *g_panel;              /* dO^T [head_dim_v][LANES] */
     REAL *q_rows, *g_rows;      /* [LANES][pad]: Q without Inf and NaN, dO */
     REAL *dq;                   /* [head_dim][LANES] */
-    REAL *dk, *dv;              /* [keys of a share][pad], of one group of rows */
+    REAL *dk, *dv;              /* [chain of the group][keys of a share][pad] */
     REAL *delta, *bias, *slope; /* [LANES]; sums of dS, and of dS times the distance */
     int finite;                 /* dO is */
 } FN(pull);
 
-/* to[key][pad] += left[key][lane] rows[lane][pad], summed over the lanes. */
+/* to[key][pad] += left[key][lane] rows[lane][pad], summed over lanes [begin, end). */
 typedef struct {
     const REAL *left, *rows;
     REAL *to;
     idx pad;
+    int begin, end;
 } FN(outer);
+
+enum { FN(CHAINS) = MHA_ROW_GROUP / MHA_ROW_CHAIN, FN(SHARE_KEYS) = MHA_SHARE * MHA_KEY_BLOCK };
 
 _Static_assert(MHA_ROW_GROUP % LANES == 0, "whole tiles make a group");
 
@@ -40,7 +43,7 @@ static idx FN(padded)(idx dim) { return (dim + VLEN - 1) / VLEN * VLEN; }
 /* Lay out the buffers from `at` on, which may be NULL; returns their bytes. */
 static size_t FN(lay_out_pull)(const mha_problem *p, FN(pull) * pull, char *at)
 {
-    const idx dim = p->n.head_dim, dim_v = p->n.head_dim_v, keys = MHA_SHARE * MHA_KEY_BLOCK;
+    const idx dim = p->n.head_dim, dim_v = p->n.head_dim_v, keys = FN(CHAINS) * FN(SHARE_KEYS);
     const idx q_pad = FN(padded)(dim), v_pad = FN(padded)(dim_v);
     const struct {
         REAL **pointer;
@@ -71,20 +74,6 @@ static size_t FN(lay_out_pull)(const mha_problem *p, FN(pull) * pull, char *at)
 static FN(pull) * FN(pull_of)(mha_tile *t)
 {
     return (FN(pull) *)((char *)t + FN(queries_tile_bytes)(t->problem));
-}
-
-/* 8 chains that the compiler can put into vectors, and the sum of them. */
-static double FN(dot)(const REAL *a, const REAL *b, idx n)
-{
-    double chain[8] = {0};
-    idx i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int c = 0; c < 8; c++)
-            chain[c] += (double)a[i + c] * b[i + c];
-    for (int c = 0; i + c < n; c++)
-        chain[c] += (double)a[i + c] * b[i + c];
-    return ((chain[0] + chain[4]) + (chain[2] + chain[6])) +
-           ((chain[1] + chain[5]) + (chain[3] + chain[7]));
 }
 
 /* Read a row and pad it with zeros. Is it finite? If not, and `tamed`, what is not becomes 0. */
@@ -176,6 +165,17 @@ static void FN(tame_keys)(mha_tile *t)
     t->block.k = (mha_rows){copy, dim, 1, DTYPE};
 }
 
+/* The lanes of a segment that an outer product takes. */
+static int FN(first_lane)(const FN(outer) * o, const mha_segment *seg)
+{
+    return seg->first * VLEN > o->begin ? seg->first * VLEN : o->begin;
+}
+
+static int FN(past_lane)(const FN(outer) * o, const mha_segment *seg)
+{
+    return seg->last * VLEN < o->end ? seg->last * VLEN : o->end;
+}
+
 /* dP^T = V dO^T of one segment. */
 static ALWAYS_INLINE void FN(pull_weights)(mha_tile *t, const FN(pull) * pull,
                                            const mha_segment *seg, int nv)
@@ -213,13 +213,13 @@ static ALWAYS_INLINE void FN(pull_queries)(mha_tile *t, const FN(pull) * pull,
 static ALWAYS_INLINE void FN(pull_columns)(mha_tile *t, const FN(outer) * o, const mha_segment *seg,
                                            idx column, int nv)
 {
-    const int lane = seg->first * VLEN, end = seg->last * VLEN;
+    const int lane = FN(first_lane)(o, seg);
     const FN(product) p = {.a = o->left + lane,
                            .a_row = LANES,
                            .a_depth = 1,
                            .b = o->rows + lane * o->pad + column,
                            .b_depth = o->pad,
-                           .depth = (end < t->place.rows ? end : t->place.rows) - lane,
+                           .depth = FN(past_lane)(o, seg) - lane,
                            .c = o->to + column,
                            .c_row = o->pad};
     FN(product_rows)(t, &p, seg->begin, seg->end, nv, FN(ADD));
@@ -227,11 +227,14 @@ static ALWAYS_INLINE void FN(pull_columns)(mha_tile *t, const FN(outer) * o, con
 
 static void FN(pull_outer)(mha_tile *t, const FN(outer) * o)
 {
-    for (int n = 0; n < t->block.num_segments; n++)
-        for (idx c = 0; c < o->pad; c += NV * VLEN) {
+    for (int n = 0; n < t->block.num_segments; n++) {
+        const mha_segment *seg = &t->block.segment[n];
+        for (idx c = 0; c < o->pad && FN(first_lane)(o, seg) < FN(past_lane)(o, seg);
+             c += NV * VLEN) {
             const idx left = (o->pad - c) / VLEN;
-            BY_WIDTH(left < NV ? left : NV, FN(pull_columns), t, o, &t->block.segment[n], c);
+            BY_WIDTH(left < NV ? left : NV, FN(pull_columns), t, o, seg, c);
         }
+    }
 }
 
 /* The same where dO has an Inf or NaN, which may not reach keys that its row does not see. */
@@ -240,7 +243,7 @@ static void FN(pull_outer_guarded)(mha_tile *t, const FN(outer) * o)
     for (int n = 0; n < t->block.num_segments; n++) {
         const mha_segment *seg = &t->block.segment[n];
         for (int j = seg->begin; j < seg->end; j++)
-            for (int i = seg->first * VLEN; i < seg->last * VLEN && i < t->place.rows; i++) {
+            for (int i = FN(first_lane)(o, seg); i < FN(past_lane)(o, seg); i++) {
                 const REAL p = o->left[j * LANES + i];
                 if (p == 0 && signbit(p))
                     continue;
@@ -252,13 +255,36 @@ static void FN(pull_outer_guarded)(mha_tile *t, const FN(outer) * o)
     }
 }
 
+/* dV and dK of the block, by the chains that the tile's rows belong to. */
+static void FN(pull_keys_and_values)(mha_tile *t, const FN(pull) * pull)
+{
+    const idx key = t->block.first_key % FN(SHARE_KEYS);
+    const int guarded = t->block.hides && !pull->finite;
+    const int row = (int)(t->place.first_row % MHA_ROW_GROUP);
+    for (int chain = 0, begin = 0; begin < t->place.rows; chain++) {
+        const int past = (chain + 1) * MHA_ROW_CHAIN - row;
+        const int end = past < t->place.rows ? past : t->place.rows;
+        const idx at = chain * FN(SHARE_KEYS) + key;
+        if (end <= begin)
+            continue;
+        const FN(outer)
+            dv = {t->block.s, pull->g_rows, pull->dv + at * pull->v_pad, pull->v_pad, begin, end};
+        const FN(outer)
+            dk = {pull->dp, pull->q_rows, pull->dk + at * pull->q_pad, pull->q_pad, begin, end};
+        if (guarded)
+            FN(pull_outer_guarded)(t, &dv);
+        else
+            FN(pull_outer)(t, &dv);
+        FN(pull_outer)(t, &dk);
+        begin = end;
+    }
+}
+
 static void FN(pull_block)(mha_tile *t)
 {
     FN(pull) *pull = FN(pull_of)(t);
     const mha_gradients *to = &t->job->gradients;
-    const idx key = t->block.first_key % (MHA_SHARE * MHA_KEY_BLOCK), dim = t->problem->n.head_dim;
-    const FN(outer) dv = {t->block.s, pull->g_rows, pull->dv + key * pull->v_pad, pull->v_pad};
-    const FN(outer) dk = {pull->dp, pull->q_rows, pull->dk + key * pull->q_pad, pull->q_pad};
+    const idx dim = t->problem->n.head_dim;
     for (int n = 0; n < t->block.num_segments; n++) {
         const mha_segment *seg = &t->block.segment[n];
         BY_WIDTH(seg->last - seg->first, FN(pull_weights), t, pull, seg);
@@ -282,11 +308,7 @@ static void FN(pull_block)(mha_tile *t)
         FN(pull_cap)(t, pull);
     if (t->block.hides && (t->block.k.col != 1 || !FN(rows_finite)(t, &t->block.k, dim)))
         FN(tame_keys)(t);
-    if (t->block.hides && !pull->finite)
-        FN(pull_outer_guarded)(t, &dv);
-    else
-        FN(pull_outer)(t, &dv);
-    FN(pull_outer)(t, &dk);
+    FN(pull_keys_and_values)(t, pull);
     for (int n = 0; n < t->block.num_segments; n++) {
         const mha_segment *seg = &t->block.segment[n];
         BY_WIDTH(seg->last - seg->first, FN(pull_queries), t, pull, seg);
@@ -331,16 +353,18 @@ static void FN(pull_finish)(mha_tile *t, int first)
 
 static idx FN(keys_of_share)(const mha_sizes *n, idx share)
 {
-    const idx whole = MHA_SHARE * MHA_KEY_BLOCK, left = n->seqlen_k - share * whole;
-    return left < whole ? left : whole;
+    const idx left = n->seqlen_k - share * FN(SHARE_KEYS);
+    return left < FN(SHARE_KEYS) ? left : FN(SHARE_KEYS);
 }
 
 static void FN(pull_begin_group)(mha_tile *t, idx share)
 {
     const FN(pull) *pull = FN(pull_of)(t);
     const size_t column = sizeof(REAL) * (size_t)FN(keys_of_share)(&t->problem->n, share);
-    memset(pull->dk, 0, column * (size_t)pull->q_pad);
-    memset(pull->dv, 0, column * (size_t)pull->v_pad);
+    for (idx at = 0; at < FN(CHAINS) * FN(SHARE_KEYS); at += FN(SHARE_KEYS)) {
+        memset(pull->dk + at * pull->q_pad, 0, column * (size_t)pull->q_pad);
+        memset(pull->dv + at * pull->v_pad, 0, column * (size_t)pull->v_pad);
+    }
 }
 
 static void FN(add_keys)(REAL *to, const REAL *part, idx keys, idx dim, idx pad, REAL factor,
@@ -359,12 +383,16 @@ static void FN(pull_end_group)(mha_tile *t, idx share, int first)
 {
     const FN(pull) *pull = FN(pull_of)(t);
     const mha_sizes *n = &t->problem->n;
-    const idx keys = FN(keys_of_share)(n, share), key = share * MHA_SHARE * MHA_KEY_BLOCK;
+    const idx keys = FN(keys_of_share)(n, share), key = share * FN(SHARE_KEYS);
     const idx at = (t->place.batch * n->kv_heads + t->place.kv_head) * n->seqlen_k + key;
     const mha_gradients *to = &t->job->gradients;
     REAL *dk = (REAL *)to->k + at * n->head_dim, *dv = (REAL *)to->v + at * n->head_dim_v;
-    FN(add_keys)(dk, pull->dk, keys, n->head_dim, pull->q_pad, (REAL)to->scale, first);
-    FN(add_keys)(dv, pull->dv, keys, n->head_dim_v, pull->v_pad, 1, first);
+    for (int chain = FN(CHAINS) - 1; chain >= 0; chain--, first = 0) {
+        const REAL *k_part = pull->dk + chain * FN(SHARE_KEYS) * pull->q_pad;
+        const REAL *v_part = pull->dv + chain * FN(SHARE_KEYS) * pull->v_pad;
+        FN(add_keys)(dk, k_part, keys, n->head_dim, pull->q_pad, (REAL)to->scale, first);
+        FN(add_keys)(dv, v_part, keys, n->head_dim_v, pull->v_pad, 1, first);
+    }
 }
 
 static const mha_pull FN(gradient) = {

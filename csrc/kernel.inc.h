@@ -45,6 +45,7 @@
 #include "keys_in_lanes.inc.h"
 #include "write.inc.h"
 #include "measure.inc.h"
+#include "sums.inc.h"
 #include "gradient.inc.h"
 #include "rotary.inc.h"
 #include "norm.inc.h"

@@ -49,8 +49,10 @@ enum {
      */
     MHA_RUN = 16,
     /* Blocks of keys, and rows, whose gradients are one chain. Changing them changes bits. The keys
-     * and values of a share and their gradients stay in L2; whole tiles make a group. */
+     * and values of a share and their gradients stay in L2; longer chains round more, and whole
+     * tiles make a group of chains. */
     MHA_SHARE = 2,
+    MHA_ROW_CHAIN = 96,
     MHA_ROW_GROUP = 192,
     /* Rows per task of a rotation: their angles stay in the cache for all heads. */
     MHA_ROTARY_ROWS = 64,

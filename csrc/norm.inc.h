@@ -1,19 +1,6 @@
 /* Layer norm of rows, and its way back. Sums over a row are those of FN(dot), so that no vector
  * width enters; rows are of the compute dtype, dense. */
 
-static double FN(sum)(const REAL *a, idx n)
-{
-    double chain[8] = {0};
-    idx i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int c = 0; c < 8; c++)
-            chain[c] += a[i + c];
-    for (int c = 0; i + c < n; c++)
-        chain[c] += a[i + c];
-    return ((chain[0] + chain[4]) + (chain[2] + chain[6])) +
-           ((chain[1] + chain[5]) + (chain[3] + chain[7]));
-}
-
 /* out = (x - mean) / spread * weight + bias; mean and 1 / spread are kept for the way back. */
 static void FN(norm_row)(const mha_norm *p, idx row)
 {
