@@ -21,7 +21,15 @@ from options import INTERVALS, OPTIONS, PAIRS, pair_of
 from sizes import KEY_BLOCK, random
 from test_layout import WRITEABLE, heads_after_sequence, misaligned
 
-from mha_fast import _core, attention, linear
+from mha_fast import (
+    _core,
+    attention,
+    attention_stats,
+    attention_vjp,
+    layer_norm,
+    linear,
+    rotary,
+)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
 
@@ -125,6 +133,53 @@ def linear_cases(isa, dtype):
                 run_case(f"{layout.__name__} {rows} x {width} x {outputs}", linear, arrays)
 
 
+def pulled(q, k, v, d_out, **options):
+    """Gradients in a row."""
+    found = attention_vjp(q, k, v, **options)[1](d_out)
+    return np.concatenate([x.ravel() for x in found[:3]])
+
+
+def measured(q, k, v, **options):
+    """Statistics in a row."""
+    return np.concatenate([x.ravel() for x in attention_stats(q, k, v, top=3, **options)])
+
+
+def backward_cases(isa, dtype):
+    """Gradients, and statistics, of every third head_dim and of options by chance."""
+    draw = Random(0)
+    for head_dim in DIMS[::3]:
+        for rows in row_counts(isa, dtype, draw):
+            keys, dim_v = draw.choice(KEYS), draw.choice(DIMS)
+            names = draw.choice([*PAIRS, *zip(OPTIONS, OPTIONS, strict=True)])
+            q = random(2, rows, head_dim, dtype=dtype)
+            k = random(draw.choice([1, 2]), keys, head_dim, dtype=dtype, seed=1)
+            arrays = {"q": q, "k": k, "v": random(len(k), keys, dim_v, dtype=dtype, seed=2)}
+            options = pair_of(names, *arrays.values())
+            reach = keys_in_reach(options, rows, keys)
+            d_out = random(2, rows, dim_v, dtype=dtype, seed=3)
+            layout = draw.choice([x for x in WRITEABLE if x is not heads_after_sequence])
+            for place in (np.copy, layout):
+                moved = {n: place(x) for n, x in arrays.items()}
+                name = f"{place.__name__} {names} {[x.shape for x in arrays.values()]}"
+                run_case(name, pulled, moved | {"d_out": place(d_out)}, reach, **options)
+                run_case(name, measured, moved, reach, **options)
+
+
+def row_cases(isa, dtype):
+    """Rotary and layer norm: functions of rows."""
+    draw = Random(0)
+    for width in DIMS:
+        rows, pairs = draw.choice([1, 5, 63, 64, 65, 130]), draw.randint(0, width // 2)
+        for layout in (np.copy, draw.choice(WRITEABLE)):
+            x = layout(random(2, rows, width, dtype=dtype))
+            tables = {name: random(rows, pairs, dtype=dtype) for name in ("cos", "sin")}
+            name = f"{layout.__name__} {rows} x {width}, {pairs} pairs"
+            for interleaved in (False, True):
+                run_case(name, rotary, {"x": x} | tables, interleaved=interleaved)
+        weight, bias = random(width, dtype=dtype), random(width, dtype=dtype, seed=1)
+        run_case(name, layer_norm, {"x": x, "weight": weight, "bias": bias})
+
+
 # ---- In the test's process -----------------------------------------------------------------------
 
 
@@ -143,7 +198,10 @@ def assert_alive(process):
     assert process.returncode == 0, f"died of {process.returncode} at {last}: {process.stderr}"
 
 
-@pytest.mark.parametrize("cases", [attention_cases, linear_cases], ids=lambda f: f.__name__)
+CASES = [attention_cases, linear_cases, backward_cases, row_cases]
+
+
+@pytest.mark.parametrize("cases", CASES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("isa", _core.isa_names())
 def test_no_byte_beside_an_argument_is_touched(run_child, dtype, isa, cases):
     script = f"{cases.__name__}({isa!r}, np.dtype({dtype.name!r}))"
