@@ -127,7 +127,7 @@ class JaxBackward(System):
         self.jax = jax
 
     def prepare(self, case, inputs):
-        if case.dtype != "float32" or 2 * case.score_bytes() > LARGEST_SCORES:
+        if case.dtype != "float32" or 4 * case.score_bytes() > LARGEST_SCORES:  # it keeps several
             return None
         jax, attend = self.jax, self.jax.nn.dot_product_attention
         causal, mask = split_mask(case, inputs)

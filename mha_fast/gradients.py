@@ -151,7 +151,7 @@ def _sinks(question, forward, d_out, d_lse):
     """A sink takes its share of each row's d_lse, less what the row gets from its values."""
     out, lse, _ = forward
     less = (d_out * out).sum(axis=-1, dtype=lse.dtype)
-    share = np.exp(question.sinks[..., None] - lse)
+    share = np.exp(question.sinks[..., None] - np.where(lse == -np.inf, np.inf, lse))
     return (share * ((0 if d_lse is None else d_lse) - less)).sum(axis=-1, dtype=lse.dtype)
 
 

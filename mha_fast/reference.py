@@ -168,7 +168,8 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
             "alibi_slopes": -(d_scores * f.distance).sum(axis=(-2, -1)),
         }
         if "sinks" in arrays:
-            share = np.exp(_per_head(arrays["sinks"], real)[..., 0] - f.lse)
+            total = np.where(f.lse == -np.inf, np.inf, f.lse)  # a share of nothing is 0
+            share = np.exp(_per_head(arrays["sinks"], real)[..., 0] - total)
             found["sinks"] = -(share * delta).sum(axis=-1)
         if "scale" in arrays:
             found["scale"] = (found["q"] * f.q).sum()

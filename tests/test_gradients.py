@@ -8,6 +8,7 @@ from judge import assert_same, assert_within, compute_dtype, rounding, tolerance
 from options import OPTIONS, PAIRS, pair_of
 from sizes import KEY_BLOCK, qkv
 
+import mha_fast
 from mha_fast import AttentionGradients, attention, attention_vjp, reference
 
 SEQLEN_Q, SEQLEN_K = 67, 2 * KEY_BLOCK + 9  # two shares of the keys
@@ -216,6 +217,14 @@ def test_rows_that_see_nothing_have_no_gradient(isa, dtype):
     q, k, v = arrays(dtype)
     found = gradients(q, k, v, *cotangents(q, v), causal=True, q_offset=-5)[1]
     assert (found.q[:, :, :5] == 0).all() and (found.q[:, :, 5:] != 0).any()
+
+
+@pytest.mark.parametrize("module", [mha_fast, reference], ids=["mha_fast", "reference"])
+def test_a_sink_of_minus_infinity_has_no_gradient(module):
+    q, k, v = arrays(np.float64)
+    options = {"sinks": np.full(4, -np.inf), "causal": True, "q_offset": -5}
+    _, pullback = module.attention_vjp(q, k, v, **options)  # rows 0 to 4 see nothing
+    assert not pullback(cotangents(q, v)[0]).sinks.any()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)], ids=str)
