@@ -76,9 +76,9 @@ def layer_norm_vjp(x, weight, bias=None, *, eps=1e-5, threads=None):
     x, weight, bias, eps = _plain(x, weight, bias, eps)
     threads = thread_count("threads", threads)
     real = compute_dtype(x)
-    rows = np.ascontiguousarray(x, real).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    scale, shift = (None if a is None else np.require(a, real, ["C", "ALIGNED"])
-                    for a in (weight, bias))  # fmt: skip
+    rows, scale, shift = (None if a is None else np.require(a, real, ["C", "ALIGNED"])
+                          for a in (x, weight, bias))  # fmt: skip
+    rows = rows.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out, stats = _core.norm_rows(rows, scale, shift, eps, threads)
 
     def pullback(d_out):
@@ -86,7 +86,7 @@ def layer_norm_vjp(x, weight, bias=None, *, eps=1e-5, threads=None):
         d_out = floats("d_out", d_out, ("width",))
         if d_out.shape != x.shape:
             raise ValueError(f"d_out has shape {d_out.shape}, expected {x.shape}")
-        d_rows = np.ascontiguousarray(d_out, real).reshape(rows.shape)
+        d_rows = np.require(d_out, real, ["C", "ALIGNED"]).reshape(rows.shape)
         d_x, d_weight, d_bias = _core.pull_back_norm(rows, scale, stats, d_rows, threads)
         d_bias = None if bias is None else stored(d_bias, bias.dtype)
         return NormGradients(
