@@ -44,12 +44,12 @@ def arguments(inputs):
 
 
 class MhaFastBackward(MhaFast):
-    """The pullback of mha_fast.attention_vjp. It differentiates a bias too, unasked."""
+    """The pullback of mha_fast.attention_vjp."""
 
     options = ("alibi", "sinks", "dropout")
 
     def prepare(self, case, inputs):
-        _, pullback = self.package.attention_vjp(**arguments(inputs))
+        _, pullback = self.package.attention_vjp(**arguments(inputs), wrt=("q", "k", "v"))
         d_out = inputs["d_out"]
         return lambda: pullback(d_out)
 

@@ -61,11 +61,12 @@ def _vjp(argnums, _, arguments, options):
     arguments = dict(zip(NAMES, arguments, strict=False))
     if any(isbox(x) for x in arguments.values()):
         raise NotImplementedError("attention has a gradient, but no gradient of that gradient")
-    _, pullback = mha_fast.attention_vjp(**arguments, **options)
+    wrt = [NAMES[i] for i in argnums]
+    _, pullback = mha_fast.attention_vjp(**arguments, wrt=wrt, **options)
 
     def gradients(cotangent):
         found = pullback(*cotangent) if options.get("return_lse") else pullback(cotangent)
-        return tuple(getattr(found, NAMES[i]) for i in argnums)
+        return tuple(getattr(found, name) for name in wrt)
 
     return gradients
 

@@ -10,13 +10,18 @@ from .results import AttentionGradients, named_result
 TERMS = ("mask", "bias")
 
 
-def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **options):
+def attention_vjp(
+    q, k, v, mask=None, *, wrt=AttentionGradients._fields, return_lse=False, threads=None, **options
+):
     """`attention`, and its vector-Jacobian product.
 
     Parameters
     ----------
     q, k, v, mask
         As in `attention`.
+    wrt : sequence of str
+        Arguments whose gradients are wanted; by default all that were given. A mask or a bias with
+        a number for each query and key takes time and memory. It changes no bit of the others.
     return_lse : bool
         The result is ``(out, lse)``, and the pullback takes a cotangent of both.
     threads : int, optional
@@ -37,7 +42,8 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
     Raises
     ------
     TypeError, ValueError
-        As `attention`; the pullback where a cotangent has another dtype or shape.
+        As `attention`; `wrt` has another name; the pullback where a cotangent has another dtype or
+        shape.
     MemoryError
         No memory for the result, the gradients or the scratch space of a thread.
 
@@ -60,6 +66,7 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
            [0.5]]))
     """
     threads, return_lse = thread_count("threads", threads), boolean("return_lse", return_lse)
+    wrt = _names(wrt)
     question = ask(q, k, v, mask, **options)
     if not question.plain:
         question = checked(question)
@@ -73,9 +80,18 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
             raise ValueError("d_lse is given, expected None without return_lse=True")
         d_out = _cotangent("d_out", d_out, out.shape)
         d_lse = None if d_lse is None else _cotangent("d_lse", d_lse, lse.shape)
-        return _gradients(question, forward, d_out, d_lse, threads)
+        return _gradients(question, forward, d_out, d_lse, wrt, threads)
 
     return named_result(result, lse if return_lse else None, None), pullback
+
+
+def _names(wrt):
+    """`wrt` as a set of fields of AttentionGradients."""
+    known = AttentionGradients._fields
+    wrt = {wrt} if isinstance(wrt, str) else set(wrt)
+    if unknown := sorted(map(repr, wrt.difference(known))):
+        raise ValueError(f"wrt has {', '.join(unknown)}, expected names among {', '.join(known)}")
+    return wrt
 
 
 def _cotangent(name, x, shape):
@@ -84,32 +100,34 @@ def _cotangent(name, x, shape):
     return np.broadcast_to(x, shape)
 
 
-def _gradients(question, forward, d_out, d_lse, threads):
-    """All of AttentionGradients; of what is no array of floats, None."""
-    terms = {name: getattr(question, name) for name in TERMS}
-    terms = {name: x for name, x in terms.items() if x is not None and x.dtype != np.bool_}
+def _gradients(question, forward, d_out, d_lse, wrt, threads):
+    """AttentionGradients; of what is no array of floats, or not wanted, None."""
+    given = {name: x for name in wrt if (x := getattr(question, name)) is not None}
+    terms = {name: given[name] for name in TERMS if name in given}
+    terms = {name: x for name, x in terms.items() if x.dtype != np.bool_}
     whole = {name: x for name, x in terms.items() if _sums_for(x, question) is None}
     wanted = {_sums_for(x, question) for name, x in terms.items() if name not in whole}
-    wanted |= {"rows"} if question.alibi_slopes is not None else set()
+    wanted |= {"rows"} if "alibi_slopes" in given else set()
     totals = _Totals(whole, forward[1]) if whole else None
     wanted = dict.fromkeys(wanted) | ({"scores": totals.add} if whole else {})
     # The gradient of a scale, which may be 0, is that of q before it is multiplied.
     scale = question.effective_scale() if question.scale is None else 1.0
     found = pull_back_through(question, forward, d_out, d_lse, scale, wanted, threads)
     of = dict.fromkeys(AttentionGradients._fields)
-    if question.scale is not None:
+    if "scale" in given:
         of["scale"] = float((found["q"] * question.q).sum(dtype=np.float64))
+    if question.scale is not None:
         for name in "qk":
             found[name] *= found[name].dtype.type(question.scale)
-    for name in "qkv":
-        of[name] = _sum_to(found[name], getattr(question, name))
+    for name in wrt.intersection("qkv"):
+        of[name] = _sum_to(found[name], given[name])
     for name, term in terms.items():
         of[name] = (
             totals.of(name) if name in whole else _sum_to(_of_sums(found, term, question), term)
         )
-    if question.alibi_slopes is not None:
+    if "alibi_slopes" in given:
         of["alibi_slopes"] = _sum_to(found["rows"][..., 1].sum(axis=-1), question.alibi_slopes)
-    if question.sinks is not None:
+    if "sinks" in given:
         of["sinks"] = _sum_to(_sinks(question, forward, d_out, d_lse), question.sinks)
     return AttentionGradients(**of)
 

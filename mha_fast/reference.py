@@ -131,8 +131,10 @@ def _forward(
     )
 
 
-def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **options):
-    """The result, and the gradients of all arguments as a function of its own; see
+def attention_vjp(
+    q, k, v, mask=None, *, wrt=AttentionGradients._fields, return_lse=False, threads=None, **options
+):
+    """The result, and the gradients of arguments as a function of its own; see
     `mha_fast.attention_vjp`.
 
     Examples
@@ -174,7 +176,7 @@ def attention_vjp(q, k, v, mask=None, *, return_lse=False, threads=None, **optio
         if "scale" in arrays:
             found["scale"] = (found["q"] * f.q).sum()
         found["q"], found["k"] = f.scale * found["q"], f.scale * found["k"]
-        wanted = {n: x for n, x in arrays.items() if n in found and x.dtype != bool}
+        wanted = {n: x for n, x in arrays.items() if n in wrt and x.dtype != bool}
         found = {n: _sum_to(found[n], x) for n, x in wanted.items()}
         return AttentionGradients(**dict.fromkeys(AttentionGradients._fields) | found)
 

@@ -64,21 +64,21 @@ class AttentionStats(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients of attention's arguments; each has its argument's shape and dtype.
+    """Gradients of attention's arguments; each has its argument's shape and dtype, and is None
+    where the argument was not given or its gradient not wanted.
 
     Attributes
     ----------
-    q, k, v : ndarray
+    q, k, v : ndarray or None
     mask, bias : ndarray or None
         Of a float mask, of the bias: 0 where they hide a key. None of a bool mask.
     sinks, alibi_slopes : ndarray or None
     scale : float or None
-        None where the argument was not given.
     """
 
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    q: np.ndarray | None
+    k: np.ndarray | None
+    v: np.ndarray | None
     mask: np.ndarray | None
     bias: np.ndarray | None
     sinks: np.ndarray | None

@@ -275,6 +275,32 @@ def test_a_pullback_may_be_called_again_and_cotangents_may_broadcast():
             assert_same(a, b)
 
 
+@pytest.mark.parametrize("module", [mha_fast, reference], ids=["mha_fast", "reference"])
+@pytest.mark.parametrize("name", AttentionGradients._fields)
+def test_each_gradient_may_be_asked_for_alone(name, module):
+    q, k, v = arrays()
+    options = {
+        "mask": sizes.random(SEQLEN_K),
+        "bias": sizes.random(SEQLEN_Q, SEQLEN_K),
+        "sinks": sizes.random(4),
+        "alibi_slopes": abs(sizes.random(4)),
+        "scale": 0.3,
+    }
+    d_out = cotangents(q, v)[0]
+    (_, pull_all), (_, pull_one) = (
+        module.attention_vjp(q, k, v, **options, **which) for which in ({}, {"wrt": [name]})
+    )
+    found = pull_one(d_out)
+    assert_same(*(np.asarray(getattr(x, name)) for x in (found, pull_all(d_out))))
+    assert all(x is None for field, x in zip(found._fields, found, strict=True) if field != name)
+
+
+@pytest.mark.parametrize("wrt", ["qkv", ["q", "weights"], ("",)], ids=str)
+def test_unknown_names_of_gradients_are_refused(wrt):
+    with pytest.raises(ValueError, match="wrt has .*, expected names among q, k, v"):
+        attention_vjp(*arrays(), wrt=wrt)
+
+
 def test_memory_does_not_grow_with_queries_times_keys(output_of):
     script = """
 import numpy as np, mha_fast

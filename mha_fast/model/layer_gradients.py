@@ -8,6 +8,8 @@ from .layer_arguments import plain_tokens, rotation, score_terms
 from .layer_weights import PACKED, SEPARATE
 from .projection import head_products, heads_of, linear_vjp, with_extra_keys
 
+WRT = ("q", "k", "v", "sinks")
+
 
 def layer_vjp(layer, query, key, value, rotary, masks, options, threads):
     """`MultiHeadAttention.vjp`; masks are (attn_mask, key_padding_mask)."""
@@ -28,7 +30,7 @@ def layer_vjp(layer, query, key, value, rotary, masks, options, threads):
     q, k, v = rotation(rotary, query, key, None, threads)(*(parts[i] for i in range(3)))
     k, v = with_extra_keys(layer, k, "bias_k"), with_extra_keys(layer, v, "bias_v")
     options = options | {"bias": bias, "causal": options["causal"] and not extra_keys}
-    attended, pull_attention = attention_vjp(q, k, v, mask, threads=threads, **options)
+    attended, pull_attention = attention_vjp(q, k, v, mask, wrt=WRT, threads=threads, **options)
     heads = attended.swapaxes(-2, -3).reshape(*query.shape[:-1], -1)
     out, pull_out = linear_vjp(
         heads, weights["out_proj.weight"], weights.get("out_proj.bias"), threads=threads
