@@ -91,12 +91,6 @@ static int FN(read_padded)(REAL *row, const char *from, const mha_array *a, idx 
     return !wild;
 }
 
-static const char *FN(row_at)(const mha_tile *t, const mha_array *a, int lane)
-{
-    return a->data + mha_batch_offset(&t->problem->n, a, t->place.batch) +
-           t->row.head[lane] * a->head_bytes + t->row.query[lane] * a->row_bytes;
-}
-
 /* Rows of Q and dO, dO^T, and delta. */
 static void FN(pack_rows)(mha_tile *t, FN(pull) * pull)
 {

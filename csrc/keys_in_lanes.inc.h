@@ -242,7 +242,7 @@ static mha_tile *FN(keys_begin)(const mha_job *job, idx task)
         return NULL;
     t->state.o_rows = 1;
     t->state.o_stride = t->state.o_live = t->place.rows * p->n.head_dim_v;
-    FN(reset)(t);
+    FN(begin_state)(t, p->n.head_dim_v, 1);
     for (int row = 0; row < t->place.rows; row++) {
         REAL *q = (REAL *)t->q_panel + row * p->n.head_dim;
         FN(read_row)(q, t->row.q[row], p->q.col_bytes, p->n.head_dim, p->q.dtype);

@@ -163,9 +163,17 @@ typedef struct {
     double *of_keys; /* [batch][heads][seqlen_k] */
 } mha_gradients;
 
+/* The state of rows before they are finished: o, and m and l in `sums`, in the compute dtype, rows
+ * of o dense. */
+typedef struct {
+    mha_array o, sums;
+} mha_partial;
+
 /* What one call computes; an answer that is not wanted has no data. */
 typedef struct {
     const mha_problem *problem;
+    mha_partial total, run; /* of keys before these: the runs before, and one run more */
+    int raw;                /* results are a mha_partial: o in `out`, m and l in `sums` */
     mha_results results;
     mha_scores_out scores;
     mha_measures measures;

@@ -344,7 +344,7 @@ static mha_tile *FN(queries_begin)(const mha_job *job, idx task)
     t->state.o_rows = p->n.head_dim_v;
     t->state.o_stride = LANES;
     t->state.o_live = t->vectors * VLEN;
-    FN(reset)(t);
+    FN(begin_state)(t, 1, LANES);
     FN(pack_q)(t, (REAL)p->scoring.scale);
     return t;
 }

@@ -20,6 +20,12 @@ static size_t FN(state_bytes)(FN(shape) shape)
     return FN(whole_lines)(sizeof(FN(state)) + sizeof(REAL) * (size_t)shape.o);
 }
 
+static const char *FN(row_at)(const mha_tile *t, const mha_array *a, int lane)
+{
+    return a->data + mha_batch_offset(&t->problem->n, a, t->place.batch) +
+           t->row.head[lane] * a->head_bytes + t->row.query[lane] * a->row_bytes;
+}
+
 /* Nothing seen yet: the neutral element of merging. Of o, [o_rows][stride], the live columns. */
 static void FN(reset)(mha_tile *t)
 {
@@ -32,6 +38,33 @@ static void FN(reset)(mha_tile *t)
     for (idx row = 0; row < state->o_rows; row++)
         for (idx col = 0; col < state->o_live; col += VLEN)
             v_store((REAL *)state->o + row * state->o_stride + col, zero);
+}
+
+/* Rows of a partial result, as a state. Rows of o are o_row apart, its columns o_col. */
+static void FN(take)(mha_tile *t, const mha_partial *from, FN(state) * state, idx o_row, idx o_col)
+{
+    for (int i = 0; i < t->place.rows; i++) {
+        const REAL *sums = (const REAL *)FN(row_at)(t, &from->sums, i);
+        const REAL *o = (const REAL *)FN(row_at)(t, &from->o, i);
+        state->m[i] = sums[0];
+        state->l[i] = sums[1];
+        for (idx d = 0; d < t->problem->n.head_dim_v; d++)
+            state->o[i * o_row + d * o_col] = o[d];
+    }
+}
+
+/* The state that a tile begins with. */
+static void FN(begin_state)(mha_tile *t, idx o_row, idx o_col)
+{
+    const mha_job *job = t->job;
+    FN(reset)(t);
+    if (job->total.o.data) {
+        memcpy(t->state.total, t->state.m, t->state.bytes); /* for lanes past the last row */
+        FN(take)(t, &job->total, t->state.total, o_row, o_col);
+        t->state.has_total = 1;
+    }
+    if (job->run.o.data)
+        FN(take)(t, &job->run, t->state.m, o_row, o_col);
 }
 
 static void FN(save)(mha_tile *t, void *record)
@@ -121,6 +154,17 @@ static void FN(merge_sinks)(mha_tile *t)
     FN(merge_sums)(t, m, l, t->vectors);
 }
 
+/* The sums as they are, and o too. */
+static void FN(finish_raw)(mha_tile *t, REAL *factor)
+{
+    for (int i = 0; i < t->place.rows; i++) {
+        REAL *sums = (REAL *)t->row.sums[i];
+        sums[0] = ((const REAL *)t->state.m)[i];
+        sums[1] = ((const REAL *)t->state.l)[i];
+        factor[i] = 1;
+    }
+}
+
 /* What o is multiplied by for out, 0 where the row saw nothing; writes the lse and the sums where
  * wanted. */
 static void FN(finish_sums)(mha_tile *t, REAL *factor)
@@ -128,6 +172,10 @@ static void FN(finish_sums)(mha_tile *t, REAL *factor)
     const double drawn = 1 << 16, kept = drawn - t->problem->weighing.threshold;
     const int sinks = t->place.sinks != NULL, drops = kept < drawn;
     const REAL *m = t->state.m, *l = t->state.l;
+    if (t->job->raw) {
+        FN(finish_raw)(t, factor);
+        return;
+    }
     if (sinks)
         FN(merge_sinks)(t);
     for (int i = 0; i < t->place.rows; i++) {

@@ -29,6 +29,7 @@ from .results import (
     LinearGradients,
     NormGradients,
 )
+from .state import AttentionState
 from .stats import attention_stats
 from .varlen import attention_varlen
 
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionGradients",
     "AttentionResult",
+    "AttentionState",
     "AttentionStats",
     "KVCache",
     "LayerGradients",

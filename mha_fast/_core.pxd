@@ -109,8 +109,15 @@ cdef extern from "mha.h" nogil:
         void *of_rows
         double *of_keys
 
+    ctypedef struct mha_partial:
+        mha_array o
+        mha_array sums
+
     ctypedef struct mha_job:
         const mha_problem *problem
+        mha_partial total
+        mha_partial run
+        bint raw
         mha_results results
         mha_scores_out scores
         mha_measures measures

@@ -62,6 +62,13 @@ def ask(
     dropout_p: Any = 0.0,
     seed: Any = None,
 ) -> Question: ...
+def attend_from(
+    question: Question,
+    total: tuple[NDArray[Any], NDArray[Any]] | None,
+    run: tuple[NDArray[Any], NDArray[Any]] | None,
+    complete: bool,
+    threads: int | None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
 def attend_together(
     questions: list[Question],
     outs: list[NDArray[Any]],

@@ -3,8 +3,8 @@
 
 Around it: _plan.pxi plans a call, _team.pxi shares its tasks out among threads; _question.pxi
 makes a question of a call's arguments, _values.pxi and _arrays.pxi C of its values and arrays,
-_gradient.pxi goes back, _linear.pxi, _rotary.pxi and _norm.pxi are what stands around attention;
-_settings.pxi is what the process has chosen.
+_state.pxi begins and ends between keys, _gradient.pxi goes back, _linear.pxi, _rotary.pxi and
+_norm.pxi are what stands around attention; _settings.pxi is what the process has chosen.
 """
 
 import os
@@ -161,6 +161,7 @@ include "_plan.pxi"
 include "_arrays.pxi"
 include "_values.pxi"
 include "_question.pxi"
+include "_state.pxi"
 include "_gradient.pxi"
 include "_linear.pxi"
 include "_rotary.pxi"

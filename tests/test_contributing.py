@@ -36,6 +36,7 @@ ALSO = {
         "csrc/tile.c",
         "csrc/terms.inc.h",
         "mha_fast/varlen.py",
+        "mha_fast/state.py",
         "mha_fast/autograd.py",
         "mha_fast/jax.py",
     },

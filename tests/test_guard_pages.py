@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import sizes
-from judge import assert_same
+from judge import assert_same, compute_dtype
 from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import as_strided
 from options import INTERVALS, OPTIONS, PAIRS, pair_of
@@ -144,8 +144,16 @@ def measured(q, k, v, **options):
     return np.concatenate([x.ravel() for x in attention_stats(q, k, v, top=3, **options)])
 
 
+def carried_on(q, k, v, o, sums):
+    """A state after keys, and after another run, in a row."""
+    state = _core.attend_from(_core.ask(q, k, v), (o, sums), None, False, None)
+    nothing = _core.ask(q, k[..., :0, :], v[..., :0, :])
+    done = _core.attend_from(nothing, state, (o, sums), True, None)
+    return np.concatenate([x.ravel() for x in (*state, *done)])
+
+
 def backward_cases(isa, dtype):
-    """Gradients, and statistics, of every third head_dim and of options by chance."""
+    """Gradients, statistics and states, of every third head_dim and of options by chance."""
     draw = Random(0)
     for head_dim in DIMS[::3]:
         for rows in row_counts(isa, dtype, draw):
@@ -163,6 +171,9 @@ def backward_cases(isa, dtype):
                 name = f"{place.__name__} {names} {[x.shape for x in arrays.values()]}"
                 run_case(name, pulled, moved | {"d_out": place(d_out)}, reach, **options)
                 run_case(name, measured, moved, reach, **options)
+            state = {"o": random(2, rows, dim_v, dtype=compute_dtype(dtype)),
+                     "sums": abs(random(2, rows, 2, dtype=compute_dtype(dtype)))}  # fmt: skip
+            run_case(name, carried_on, arrays | state)
 
 
 def row_cases(isa, dtype):
