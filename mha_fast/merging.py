@@ -38,8 +38,8 @@ def merge(outs, lses):
     Notes
     -----
     The mathematics is exact, and sums are taken in float64. But each part has been rounded, so
-    the last bits may differ from those of one call over all keys. With `sinks`, which are part of
-    the lse, only one of the parts may have them.
+    the last bits may differ from those of one call over all keys, which `AttentionState` has. With
+    `sinks`, which are part of the lse, only one of the parts may have them.
 
     Examples
     --------
