@@ -8,6 +8,7 @@ _norm.pxi are what stands around attention; _settings.pxi is what the process ha
 """
 
 import os
+import sys
 
 import numpy as np
 

@@ -25,6 +25,7 @@ cdef struct Team:
     double work             # of all tasks together
     int threads, claimed
     bint hot                # still awake from the call before
+    bint beside_torch       # in the process, whose threads are those of the same OpenMP
     # What threads write stands a cache line apart from what they read all the time.
     char apart[64]
     int64_t next_task
@@ -42,6 +43,7 @@ cdef Team assemble(task_function task, void *subject, double work, int limit) no
     team.task, team.subject, team.work, team.threads = task, subject, work, 1
     if work >= 2 * WORK_PER_HOT_THREAD:
         team.hot = omp_get_wtime() - call_end < HOT
+        team.beside_torch = "torch" in sys.modules
         limit = limit or default_threads()
         team.threads = 1 if forked or omp_in_parallel() else threads_for(work, team.hot, limit)
         team.threads = team.claimed = claim(team.threads)
@@ -61,7 +63,7 @@ cdef void work_together(Team *team) noexcept nogil:
     if threads <= 1:
         work_off(team)
         return
-    members = members_of(threads, team.hot)
+    members = members_of(threads, team.hot or team.beside_torch)
     for member in prange(members, schedule="static", chunksize=1, num_threads=members):
         if member < threads:
             work_off(team)
@@ -95,11 +97,12 @@ cdef int pending_signal() noexcept with gil:
     return PyErr_CheckSignals()
 
 
-cdef int members_of(int threads, bint hot) noexcept nogil:
+cdef int members_of(int threads, bint may_spin) noexcept nogil:
     """Members of the team. After a region GNU OpenMP's threads spin for 300,000 rounds, about 5 ms,
     on cores that NumPy's BLAS may want next; where there are more of them than CPUs, for 100
-    rounds. So a call between other work takes one more, who does nothing."""
-    return threads + (MHA_GNU_OPENMP and not hot and threads == omp_get_num_procs())
+    rounds. So a call between other work takes one more, who does nothing. Not beside torch: its
+    calls want these very threads next, and would first have to change their number."""
+    return threads + (MHA_GNU_OPENMP and not may_spin and threads == omp_get_num_procs())
 
 
 cdef void dismiss(const Team *team) noexcept:

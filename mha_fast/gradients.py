@@ -80,7 +80,7 @@ def attention_vjp(
             raise ValueError("d_lse is given, expected None without return_lse=True")
         d_out = _cotangent("d_out", d_out, out.shape)
         d_lse = None if d_lse is None else _cotangent("d_lse", d_lse, lse.shape)
-        return _gradients(question, forward, d_out, d_lse, wrt, threads)
+        return gradients_of(question, forward, d_out, d_lse, wrt, threads)
 
     return named_result(result, lse if return_lse else None, None), pullback
 
@@ -100,7 +100,7 @@ def _cotangent(name, x, shape):
     return np.broadcast_to(x, shape)
 
 
-def _gradients(question, forward, d_out, d_lse, wrt, threads):
+def gradients_of(question, forward, d_out, d_lse, wrt, threads):
     """AttentionGradients; of what is no array of floats, or not wanted, None."""
     given = {name: x for name in wrt if (x := getattr(question, name)) is not None}
     terms = {name: given[name] for name in TERMS if name in given}

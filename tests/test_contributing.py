@@ -31,6 +31,7 @@ ALSO = {
         "mha_fast/onnx/attention.py",
         "mha_fast/model/cache.py",
         "mha_fast/model/cache_file.py",
+        "mha_fast/torch.py",
     },
     "bias": {
         "csrc/tile.c",
@@ -39,6 +40,7 @@ ALSO = {
         "mha_fast/state.py",
         "mha_fast/autograd.py",
         "mha_fast/jax.py",
+        "mha_fast/torch.py",
     },
 }
 NOT_SEARCHED = {
@@ -53,7 +55,11 @@ SILENT = {
 }
 # A storage dtype that is also read by vectors; files have names of their own for dtypes.
 BFLOAT16 = r"(?i)(?<![a-z])bfloat16|bf16"
-NAMES_IN_FILES = {"mha_fast/model/weights_file.py", "mha_fast/model/cache_file.py"}
+NAMES_IN_FILES = {
+    "mha_fast/model/weights_file.py",
+    "mha_fast/model/cache_file.py",
+    "mha_fast/torch.py",
+}
 
 
 def table(text):

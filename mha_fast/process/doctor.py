@@ -2,15 +2,18 @@
 
 Alternates a matrix product and an attention call in one process and compares the time of the pair
 with the sum of its parts: with NumPy's product once for each setting of the environment that can
-help, and with `mha_fast.linear`, which computes the product in our threads. Each setting needs a
-process of its own, because both thread pools read the environment only once.
+help, with `mha_fast.linear`, which computes the product in our threads, and with torch's where that
+is installed. Each setting needs a process of its own, because thread pools read the environment
+only once; so does torch, beside which our team is another one.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
@@ -40,6 +43,8 @@ def doctor():
         pairs[name] = _show(name, rows, "matmul")
         if not variables:
             ours = _show(OURS, rows, "linear")
+    if importlib.util.find_spec("torch"):
+        _show("torch's product", json.loads(_measure_elsewhere({}, "torch, ")), "torch")
     print(f"\n{_advice(pairs)}")
     print(_advice_on_products(pairs["as it is"], ours))
 
@@ -77,8 +82,9 @@ def _mean_ratio(times, others):
     return float(np.exp(np.mean(np.log(np.divide(times, others)))))
 
 
-def _measure_elsewhere(variables):
-    command = [sys.executable, "-P", "-c", "from mha_fast.process import doctor; doctor.measure()"]
+def _measure_elsewhere(variables, beside=""):
+    script = f"import {beside}mha_fast.process.doctor as doctor; doctor.measure()"
+    command = [sys.executable, "-P", "-c", script]
     done = subprocess.run(
         command, env={**os.environ, **variables}, capture_output=True, text=True, check=True
     )
@@ -112,6 +118,10 @@ def calls(x, weight, qkv):
         return attention(*qkv)
 
     products = {"matmul": lambda: x @ weight.T, "linear": lambda: linear(x, weight)}
+    if torch := sys.modules.get("torch"):
+        products = {
+            "torch": partial(torch.nn.functional.linear, *map(torch.from_numpy, (x, weight)))
+        }
     pairs = {
         f"{name}+attention": lambda product=product: (product(), attend())
         for name, product in products.items()
