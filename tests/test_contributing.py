@@ -32,6 +32,7 @@ ALSO = {
         "mha_fast/model/cache.py",
         "mha_fast/model/cache_file.py",
         "mha_fast/torch.py",
+        "mha_fast/transformers.py",
     },
     "bias": {
         "csrc/tile.c",
@@ -41,6 +42,7 @@ ALSO = {
         "mha_fast/autograd.py",
         "mha_fast/jax.py",
         "mha_fast/torch.py",
+        "mha_fast/transformers.py",
     },
 }
 NOT_SEARCHED = {
