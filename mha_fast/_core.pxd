@@ -1,4 +1,4 @@
-"""csrc/mha.h and csrc/openmp.h as Cython sees them."""
+"""csrc/mha.h, csrc/onnxruntime.h and csrc/openmp.h as Cython sees them."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -220,3 +220,72 @@ cdef extern from "openmp.h" nogil:
     double omp_get_wtime()
     bint MHA_GNU_OPENMP
     void mha_yield()
+
+
+cdef extern from "onnxruntime.h" nogil:
+    enum:
+        MHA_ORT_VERSION
+        MHA_ORT_INVALID_ARGUMENT
+
+    ctypedef struct OrtStatus
+    ctypedef struct OrtValue
+    ctypedef struct OrtTensorInfo
+    ctypedef struct OrtKernelInfo
+    ctypedef struct OrtKernelContext
+    ctypedef struct OrtSessionOptions
+    ctypedef struct OrtCustomOpDomain
+
+    ctypedef struct OrtApi:
+        OrtStatus *(*CreateStatus)(int code, const char *message)
+        const char *(*GetErrorMessage)(const OrtStatus *)
+        OrtStatus *(*CreateCustomOpDomain)(const char *name, OrtCustomOpDomain **)
+        OrtStatus *(*CustomOpDomain_Add)(OrtCustomOpDomain *, const OrtCustomOp *)
+        OrtStatus *(*AddCustomOpDomain)(OrtSessionOptions *, OrtCustomOpDomain *)
+        OrtStatus *(*GetTensorMutableData)(OrtValue *, void **)
+        OrtStatus *(*GetTensorElementType)(const OrtTensorInfo *, int *)
+        OrtStatus *(*GetDimensionsCount)(const OrtTensorInfo *, size_t *)
+        OrtStatus *(*GetDimensions)(const OrtTensorInfo *, int64_t *dims, size_t count)
+        OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *, OrtTensorInfo **)
+        OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *, const char *, float *)
+        OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *, const char *, int64_t *)
+        OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *, size_t, const OrtValue **)
+        OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *, size_t, const int64_t *dims,
+                                              size_t count, OrtValue **)
+        void (*ReleaseStatus)(OrtStatus *)
+        void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorInfo *)
+        OrtStatus *(*KernelInfo_GetInputCount)(const OrtKernelInfo *, size_t *)
+        OrtStatus *(*KernelInfo_GetOutputCount)(const OrtKernelInfo *, size_t *)
+        OrtStatus *(*KernelInfo_GetOutputName)(const OrtKernelInfo *, size_t, char *, size_t *)
+
+    ctypedef struct OrtApiBase:
+        const OrtApi *(*GetApi)(uint32_t version)
+
+    ctypedef struct OrtCustomOp:
+        void (*KernelDestroy)(void *kernel) noexcept
+        OrtStatus *(*CreateKernelV2)(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *,
+                                     void **kernel) noexcept
+        OrtStatus *(*KernelComputeV2)(void *kernel, OrtKernelContext *) noexcept
+
+    ctypedef struct mha_served:
+        OrtCustomOp op
+        const char *name
+        const char *inputs
+        const char *outputs
+        size_t required
+        int element
+        int threads
+        void *operator_
+
+    ctypedef OrtStatus *(*mha_registrar)(OrtSessionOptions *, const OrtApiBase *) noexcept
+
+    ctypedef struct mha_host:
+        const OrtApi *api
+        OrtKernelContext *context
+        int threads
+
+    void mha_serve(mha_served *served)
+    void mha_set_registrar(mha_registrar registrar)
+    const mha_host *mha_get_host()
+    void mha_set_host(const mha_host *host)
+    void mha_run_hosted(const mha_host *host, void (*member)(void *, size_t) noexcept,
+                        size_t members, void *subject)

@@ -4,7 +4,8 @@
 Around it: _plan.pxi plans a call, _team.pxi shares its tasks out among threads; _question.pxi
 makes a question of a call's arguments, _values.pxi and _arrays.pxi C of its values and arrays,
 _state.pxi begins and ends between keys, _gradient.pxi goes back, _linear.pxi, _rotary.pxi and
-_norm.pxi are what stands around attention; _settings.pxi is what the process has chosen.
+_norm.pxi are what stands around attention; _onnxruntime.pxi serves its sessions; _settings.pxi is
+what the process has chosen.
 """
 
 import os
@@ -15,6 +16,7 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport calloc, free, malloc
@@ -167,3 +169,4 @@ include "_gradient.pxi"
 include "_linear.pxi"
 include "_rotary.pxi"
 include "_norm.pxi"
+include "_onnxruntime.pxi"

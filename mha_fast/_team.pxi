@@ -26,6 +26,7 @@ cdef struct Team:
     int threads, claimed
     bint hot                # still awake from the call before
     bint beside_torch       # in the process, whose threads are those of the same OpenMP
+    const mha_host *host    # whose threads they are; NULL: OpenMP's
     # What threads write stands a cache line apart from what they read all the time.
     char apart[64]
     int64_t next_task
@@ -42,11 +43,13 @@ cdef Team assemble(task_function task, void *subject, double work, int limit) no
     memset(&team, 0, sizeof(team))
     team.task, team.subject, team.work, team.threads = task, subject, work, 1
     if work >= 2 * WORK_PER_HOT_THREAD:
-        team.hot = omp_get_wtime() - call_end < HOT
+        team.host = mha_get_host()
+        team.hot = team.host != NULL or omp_get_wtime() - call_end < HOT
         team.beside_torch = "torch" in sys.modules
-        limit = limit or default_threads()
+        limit = limit or (default_threads() if team.host == NULL else team.host.threads)
         team.threads = 1 if forked or omp_in_parallel() else threads_for(work, team.hot, limit)
-        team.threads = team.claimed = claim(team.threads)
+        if team.host == NULL:
+            team.threads = team.claimed = claim(team.threads)
     return team
 
 
@@ -63,10 +66,18 @@ cdef void work_together(Team *team) noexcept nogil:
     if threads <= 1:
         work_off(team)
         return
+    if team.host != NULL:
+        mha_run_hosted(team.host, hosted_member, threads, team)
+        work_off(team)      # what is left if the host failed
+        return
     members = members_of(threads, team.hot or team.beside_torch)
     for member in prange(members, schedule="static", chunksize=1, num_threads=members):
         if member < threads:
             work_off(team)
+
+
+cdef void hosted_member(void *team, size_t member) noexcept nogil:
+    work_off(<Team *>team)
 
 
 cdef void work_off(Team *team) noexcept nogil:
@@ -78,7 +89,8 @@ cdef void work_off(Team *team) noexcept nogil:
             return
         if not team.task(team.subject, task):
             stop(team, &team.out_of_memory)
-        if omp_get_thread_num() == 0 and task % interval == 0:
+        # To OpenMP all threads of a host are number 0, and none of them is to wait for the GIL.
+        if team.host == NULL and omp_get_thread_num() == 0 and task % interval == 0:
             if pending_signal():
                 stop(team, &team.interrupted)
 

@@ -28,7 +28,8 @@ ROW_OF = {"window": "an interval mask", "bias": "a score transform"}
 ALSO = {
     "window": {
         "mha_fast/_linear.pxi",
-        "mha_fast/onnx/attention.py",
+        "mha_fast/onnx/node.py",
+        "mha_fast/onnx/microsoft.py",
         "mha_fast/model/cache.py",
         "mha_fast/model/cache_file.py",
         "mha_fast/torch.py",
@@ -43,6 +44,7 @@ ALSO = {
         "mha_fast/jax.py",
         "mha_fast/torch.py",
         "mha_fast/transformers.py",
+        "mha_fast/onnx/microsoft.py",
     },
 }
 NOT_SEARCHED = {
@@ -61,6 +63,8 @@ NAMES_IN_FILES = {
     "mha_fast/model/weights_file.py",
     "mha_fast/model/cache_file.py",
     "mha_fast/torch.py",
+    "mha_fast/_onnxruntime.pxi",
+    "mha_fast/onnx/runtime.py",
 }
 
 

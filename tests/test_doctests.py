@@ -22,6 +22,8 @@ def test_examples_of_a_module_run(name):
     if extra in ("autograd", "jax", "onnx", "torch", "transformers", "viz"):
         library = "matplotlib" if extra == "viz" else extra
         pytest.importorskip(library, reason=f'pip install "mha_fast[{extra}]"')
+    if name == "onnx.runtime":
+        pytest.importorskip("onnxruntime", reason='pip install "mha_fast[onnxruntime]"')
     module = importlib.import_module(f"mha_fast.{name}")
     assert doctest.testmod(module).failed == 0
 

@@ -18,6 +18,7 @@ PYTHON_FILES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".pyi")
 )
+ENTRY_POINT = "RegisterCustomOps"  # so named by onnxruntime
 CYTHON_FILES = [path for path in PYTHON_FILES if path.suffix in (".pyx", ".pxi")]
 
 
@@ -64,7 +65,7 @@ def test_c_knows_no_python_and_never_prints_aborts_or_exits(path):
 def test_public_symbols_are_named_mha():
     definition = r"^(?!static|WORD|typedef|extern|return|else)\w[\w *]*?(\w+)\([^;]*\n\{"
     for path in CSRC.rglob("*.[ch]"):
-        names = re.findall(definition, code_of(path), re.M)
+        names = set(re.findall(definition, code_of(path), re.M)) - {ENTRY_POINT}
         assert all(name.startswith("mha_") for name in names), f"{path.name}: {names}"
 
 

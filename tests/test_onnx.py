@@ -30,7 +30,7 @@ def calls(monkeypatch):
         seen.append(options)
         return mha_fast.attention(*arrays, **options)
 
-    monkeypatch.setattr("mha_fast.onnx.attention.attention", spy)
+    monkeypatch.setattr("mha_fast.onnx.node.attention", spy)
     return seen
 
 
@@ -98,7 +98,7 @@ def last_key_for_all(q, k, v, **options):
     [(wide_window, 9, "window"), (tiled_heads, 16, "gqa"), (last_key_for_all, 19, "causal")],
 )
 def test_canary_a_planted_fault_fails_cases(cases, monkeypatch, fault, least, word):
-    monkeypatch.setattr("mha_fast.onnx.attention.attention", fault)
+    monkeypatch.setattr("mha_fast.onnx.node.attention", fault)
     bad = failing(cases)
     assert len(bad) >= least and any(word in name for name in bad), sorted(bad)
 

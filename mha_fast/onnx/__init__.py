@@ -1,4 +1,7 @@
-"""ONNX operators on our kernel, for ONNX's reference evaluator and its test runner.
+"""ONNX operators on our kernel: for sessions of onnxruntime, ONNX's evaluator, its test runner.
+
+`register` puts them into sessions; it needs ``pip install "mha_fast[onnxruntime]"``, and no onnx.
+The evaluator does:
 
 >>> import numpy as np
 >>> import onnx.helper
@@ -15,19 +18,26 @@
 >>> bool((y == mha_fast.attention(q, k, v, causal=True)).all())
 True
 
-It needs ``pip install "mha_fast[onnx]"``; ``import mha_fast`` does not load it.
+It needs ``pip install "mha_fast[onnx]"``. Neither is loaded before it is used.
 """
 
-from .attention import Attention
-from .evaluator import Backend, ReferenceEvaluator, ops
-from .rotary import RotaryEmbedding
-from .scatter import TensorScatter
+import importlib
 
-__all__ = [
-    "Attention",
-    "Backend",
-    "ReferenceEvaluator",
-    "RotaryEmbedding",
-    "TensorScatter",
-    "ops",
-]
+from .runtime import register
+
+_MODULES = {  # of what needs onnx
+    "Attention": "attention",
+    "Backend": "evaluator",
+    "ReferenceEvaluator": "evaluator",
+    "RotaryEmbedding": "rotary",
+    "TensorScatter": "scatter",
+    "ops": "evaluator",
+}
+
+__all__ = [*_MODULES, "register"]
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

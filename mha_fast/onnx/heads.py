@@ -11,9 +11,15 @@ def split_heads(name, x, attribute, heads):
         raise ValueError(f"{name} has shape {x.shape}, expected three or four axes")
     if heads is None:
         raise ValueError(f"{attribute} is missing, expected it beside {name} of three axes")
-    batch, seqlen, hidden = x.shape
+    hidden = x.shape[2]
     if heads < 1 or hidden % heads:
         raise ValueError(f"{attribute} is {heads}, expected a divisor of {name}'s {hidden} columns")
+    return unpack_heads(x, heads)
+
+
+def unpack_heads(x, heads):
+    """A view of three axes as four."""
+    batch, seqlen, hidden = x.shape
     return x.reshape(batch, seqlen, heads, hidden // heads).swapaxes(1, 2)
 
 
