@@ -6,10 +6,9 @@ onnxruntime.
 
 import numpy as np
 
-from .._core import overlap
+from .. import _core
 from ..arguments import integers
 from ..attention import attention
-from ..model.rotary import rotary
 from .heads import split_heads, unpack_heads
 from .node import present_of
 
@@ -145,17 +144,15 @@ def group_query_attention_node(
     total, starts, lengths = places(q, seqlens_k, total_sequence_length)
     if do_rotary:
         need(cos_cache=cos_cache, sin_cache=sin_cache)
-        positions = starts[:, None] + np.arange(q.shape[2])
-        if position_ids is not None:
-            positions = rotary_positions(position_ids, positions, total)
-        how = {"positions": positions, "interleaved": bool(rotary_interleaved)}
-        q, k = (rotary(x, cos_cache, sin_cache, **how) for x in (q, k))
+        index = rotary_index(position_ids, starts, q.shape[2], total)
+        tables = rows_of(cos_cache, index), rows_of(sin_cache, index)
+        q, k = (turned(x, *tables, bool(rotary_interleaved)) for x in (q, k))
     k = written(call, 1, k, past_key, starts, total)
     v = written(call, 2, v, past_value, starts, total)
     sinks = np.zeros(num_heads, np.float32) if smooth_softmax else None
     answer(
         call, (q, k[:, :, :total], v[:, :, :total]), bias=attention_bias,
-        causal=bool(causal), q_offset=starts, kv_lengths=lengths, scale=scale or None,
+        causal=bool(causal), q_offset=one(starts), kv_lengths=one(lengths), scale=scale or None,
         window=(local_window_size - 1, None) if local_window_size > 0 else None,
         softcap=softcap or None, sinks=sinks if head_sink is None else head_sink,
     )  # fmt: skip
@@ -179,23 +176,66 @@ def places(q, seqlens_k, total_sequence_length):
     A first prompt begins at 0, and may be padded at its end."""
     batch, _, seqlen, _ = q.shape
     total = int(total_sequence_length.reshape(()))
+    lengths = [last + 1 for last in seqlens_k.reshape(-1).tolist()]
+    if len(lengths) != batch:
+        raise ValueError(f"seqlens_k has {len(lengths)} entries, expected {batch}")
     if total < seqlen:
         raise ValueError(f"total_sequence_length is {total}, expected at least {seqlen}")
-    last = integers("seqlens_k", seqlens_k.reshape(-1), (batch,), 0, total - 1)
-    lengths = np.broadcast_to(last + 1, (batch,))
-    starts = np.zeros(batch, np.int64) if total == seqlen else lengths - seqlen
-    if (starts < 0).any():
-        raise ValueError(f"seqlens_k holds {last.min()}, expected at least {seqlen - 1}")
-    return total, starts, lengths
+    least = 1 if total == seqlen else seqlen
+    if not all(least <= length <= total for length in lengths):
+        raise ValueError(
+            f"seqlens_k holds {min(lengths) - 1} to {max(lengths) - 1}, "
+            f"expected {least - 1} to {total - 1}"
+        )
+    return total, [0 if total == seqlen else n - seqlen for n in lengths], lengths
 
 
-def rotary_positions(position_ids, positions, total):
-    """Positions that the model gives itself; of a first prompt only the first one counts."""
-    if total == positions.shape[1]:
-        return positions + position_ids.reshape(-1)[0]
-    if position_ids.shape != positions.shape:
-        raise ValueError(f"position_ids has shape {position_ids.shape}, expected {positions.shape}")
-    return position_ids
+def one(numbers):
+    """An int where all are the same, which is faster, else an array."""
+    return numbers[0] if len(set(numbers)) == 1 else np.array(numbers, np.int64)
+
+
+def rotary_index(position_ids, starts, seqlen, total):
+    """Rows of the tables, as an index: a slice for all, or (batch, sequence)."""
+    first = one(starts)
+    if position_ids is not None and total == seqlen:
+        first = int(position_ids.reshape(-1)[0])  # of a first prompt only this one counts
+    elif position_ids is not None:
+        if position_ids.shape != (len(starts), seqlen):
+            raise ValueError(
+                f"position_ids has shape {position_ids.shape}, expected {(len(starts), seqlen)}"
+            )
+        return position_ids
+    if type(first) is int:
+        return slice(first, first + seqlen)
+    return first[:, None] + np.arange(seqlen)
+
+
+def rows_of(table, index):
+    """These rows of cos_cache or sin_cache, as (batch or 1, 1, sequence, pairs) of float32."""
+    if table.ndim != 2:
+        raise ValueError(f"cos_cache or sin_cache has shape {table.shape}, expected two axes")
+    if type(index) is slice:
+        least, most = index.start, index.stop - 1
+    else:
+        least, most = int(index.min(initial=0)), int(index.max(initial=0))
+    if least < 0 or most >= len(table):
+        raise ValueError(f"positions are {least} to {most}, expected 0 to {len(table) - 1}")
+    rows = table[index].astype(np.float32, copy=False)
+    return rows[None, None] if rows.ndim == 2 else rows[:, None]
+
+
+def turned(x, cos, sin, interleaved):
+    """What `rotary` does, of arrays that are known to be plain."""
+    if cos.shape != sin.shape or 2 * cos.shape[3] > x.shape[3]:
+        raise ValueError(
+            f"cos_cache has {cos.shape[3]} columns and sin_cache {sin.shape[3]}, "
+            f"expected the same, at most half of head_size {x.shape[3]}"
+        )
+    out = np.empty(x.shape, x.dtype)
+    rows = np.arange(x.shape[2])[None, None]
+    _core.rotate(x, out, cos, sin, rows, interleaved, None)
+    return out
 
 
 def written(call, output, x, past, starts, total):
@@ -208,13 +248,13 @@ def written(call, output, x, past, starts, total):
         if past.shape != (batch, kv_heads, room, head_dim):
             expected = (batch, kv_heads, "cache_sequence_length", head_dim)
             raise ValueError(f"{name} has shape {past.shape}, expected {expected}")
-    if starts.max(initial=0) > room:
-        raise ValueError(f"{name} has {room} rows, expected at least {starts.max()}")
+    if max(starts, default=0) > room:
+        raise ValueError(f"{name} has {room} rows, expected at least {max(starts)}")
     present = call.new(output, (batch, kv_heads, max(total, room), head_dim), x.dtype)
     if present is None:
         present = np.empty((batch, kv_heads, max(total, room), head_dim), x.dtype)
-    apart = past is not None and not overlap(past, present)
-    for row, new, start in zip(range(batch), x, starts.tolist(), strict=True):
+    apart = past is not None and not _core.overlap(past, present)
+    for row, new, start in zip(range(batch), x, starts, strict=True):
         if apart:
             present[row, :, :start] = past[row, :, :start]
         present[row, :, start : start + seqlen] = new

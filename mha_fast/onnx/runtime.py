@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from .node import attention_node
 OLDEST = (1, 17)  # the first with threads for operators from outside
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # ONNX's numbers of element types
 
-_registering = threading.Lock()
+_lock = threading.Lock()
+_registered = weakref.WeakKeyDictionary()  # options: operators
 
 
 class Operator(NamedTuple):
@@ -97,7 +99,7 @@ def register(options, operators=None):
     TypeError
         `options` is something else.
     ValueError
-        An operator is unknown.
+        An operator is unknown, or others were registered with the same options.
 
     Notes
     -----
@@ -113,8 +115,15 @@ def register(options, operators=None):
     session_options = supported_onnxruntime().SessionOptions
     if not isinstance(options, session_options):
         raise TypeError(f"options is {options!r}, expected an onnxruntime.SessionOptions")
-    with _registering:
-        _core.register_onnxruntime(options, chosen(operators), options.intra_op_num_threads)
+    wanted = chosen(operators)
+    with _lock:
+        before = _registered.get(options)
+        if before is None:
+            _core.register_onnxruntime(options, wanted, options.intra_op_num_threads)
+            _registered[options] = wanted
+        elif before != wanted:
+            names = ", ".join(operator.name for operator in before)
+            raise ValueError(f"options have {names} of ours already, expected new options")
     return options
 
 
@@ -136,6 +145,7 @@ def chosen(names):
     known = {operator.name: operator for operator in OPERATORS}
     if names is None:
         return OPERATORS
+    names = list(names)
     for name in names:
         if name not in known:
             raise ValueError(f"operators names {name!r}, expected some of {', '.join(known)}")

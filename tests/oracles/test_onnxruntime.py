@@ -284,6 +284,18 @@ def test_bad_arguments_of_register_are_told_what_is_wrong(monkeypatch):
         mha_fast.onnx.register(onnxruntime.SessionOptions())
 
 
+def test_options_are_registered_once_and_not_for_other_operators():
+    inputs = dict(zip("QKV", qkv(5, 9), strict=True))
+    options = onnxruntime.SessionOptions()
+    assert mha_fast.onnx.register(mha_fast.onnx.register(options)) is options
+    model = attention_model(inputs).SerializeToString()
+    for _ in range(2):
+        (y,) = onnxruntime.InferenceSession(model, options).run(None, inputs)
+        assert_same(y, mha_fast.attention(*inputs.values()))
+    with pytest.raises(ValueError, match="options have Attention, MultiHeadAttention, Group"):
+        mha_fast.onnx.register(options, ["Attention"])
+
+
 def test_library_refuses_to_be_registered_behind_our_back():
     options = onnxruntime.SessionOptions()
     with pytest.raises(Exception, match=r"mha_fast: use mha_fast.onnx.register\(options\)"):

@@ -18,12 +18,6 @@ from sessions import contrib_model, run, session_of  # noqa: E402
 PRESENT = ["output", "present_key", "present_value"]
 
 
-def both(op, inputs, outputs, **attributes):
-    """The outputs of our operator and of onnxruntime's."""
-    model = contrib_model(op, inputs, outputs, **attributes)
-    return run(model, inputs), run(model, inputs, ours=False)
-
-
 def assert_agree(ours, theirs, q, k, v, mask=None, **options):
     """Both obey the accuracy rule for the same question; caches are equal to the bit."""
     for y in (ours[0], theirs[0]):
@@ -37,9 +31,9 @@ def by_heads(y, heads):
     return y.reshape(batch, seqlen, heads, hidden // heads).swapaxes(1, 2)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def calls(monkeypatch):
-    """Every session that is ours must have called the kernel."""
+    """The options of each call of the kernel by a session."""
     seen = []
 
     def spy(*arrays, **options):
@@ -47,8 +41,22 @@ def calls(monkeypatch):
         return mha_fast.attention(*arrays, **options)
 
     monkeypatch.setattr("mha_fast.onnx.microsoft.attention", spy)
-    yield seen
-    assert seen
+    return seen
+
+
+@pytest.fixture
+def both(calls):
+    """The outputs of our operator and of onnxruntime's."""
+
+    def outputs_of(op, inputs, outputs, **attributes):
+        model = contrib_model(op, inputs, outputs, **attributes)
+        theirs = run(model, inputs, ours=False)
+        assert calls == []
+        ours = run(model, inputs)
+        assert len(calls) == 1
+        return ours, theirs
+
+    return outputs_of
 
 
 # ---- MultiHeadAttention --------------------------------------------------------------------------
@@ -62,21 +70,21 @@ def mha_inputs(q, k, v, **more):
 
 @pytest.mark.parametrize("size", [(1, 1), (13, 67), (67, 13), (201, 201)], ids=str)
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_multi_head_attention_agrees(size, scale):
+def test_multi_head_attention_agrees(both, size, scale):
     q, k, v = qkv(*size, 16, 24)
     attributes = {"num_heads": 2} | ({} if scale is None else {"scale": scale})
     results = both("MultiHeadAttention", mha_inputs(q, k, v), PRESENT[:1], **attributes)
     assert_agree(*results, q, k, v, scale=scale)
 
 
-def test_multi_head_attention_is_causal_if_unidirectional():
+def test_multi_head_attention_is_causal_if_unidirectional(both):
     q, k, v = qkv(67, 67, 16)
     inputs = mha_inputs(q, k, v)
     results = both("MultiHeadAttention", inputs, PRESENT[:1], num_heads=2, unidirectional=1)
     assert_agree(*results, q, k, v, causal=True)
 
 
-def test_bias_of_the_projections_is_added_to_all_three():
+def test_bias_of_the_projections_is_added_to_all_three(both):
     q, k, v = qkv(13, 67, 16, 24)
     bias = random(2 * 2 * 16 + 2 * 24, seed=5)
     parts = [x.reshape(2, 1, -1) for x in np.split(bias, [32, 64])]
@@ -84,7 +92,7 @@ def test_bias_of_the_projections_is_added_to_all_three():
     assert_agree(*results, *(x + b for x, b in zip((q, k, v), parts, strict=True)))
 
 
-def test_keys_that_come_by_heads_have_their_bias():
+def test_keys_that_come_by_heads_have_their_bias(both):
     q, k, v = qkv(13, 67, 16)
     bias = random(96, seed=5)
     inputs = mha_inputs(q, k, v, bias=bias) | {"key": k, "value": v}
@@ -93,7 +101,7 @@ def test_keys_that_come_by_heads_have_their_bias():
 
 
 @pytest.mark.parametrize("single", list(itertools.product([False, True], repeat=2)), ids=str)
-def test_attention_bias_broadcasts_over_batch_and_heads(single):
+def test_attention_bias_broadcasts_over_batch_and_heads(both, single):
     q, k, v = qkv(13, 67, 16)
     shape = [1 if s else 2 for s in single]
     bias = random(*shape, 13, 67, seed=5)
@@ -114,7 +122,7 @@ def padding_of(kind):
 
 
 @pytest.mark.parametrize("kind", ["lengths", "keys", "rows"])
-def test_key_padding_masks_hide_the_same_keys(kind):
+def test_key_padding_masks_hide_the_same_keys(both, kind):
     q, k, v = qkv(13, 67, 16)
     padding, mask = padding_of(kind)
     inputs = mha_inputs(q, k, v, key_padding_mask=padding)
@@ -123,7 +131,7 @@ def test_key_padding_masks_hide_the_same_keys(kind):
 
 
 @pytest.mark.parametrize("causal", [0, 1])
-def test_past_keys_come_first_and_present_is_all_of_them(causal):
+def test_past_keys_come_first_and_present_is_all_of_them(both, causal):
     q, k, v = qkv(5, 40, 16)
     new = mha_inputs(q, k[:, :, 35:], v[:, :, 35:])
     past = {"past_key": k[:, :, :35], "past_value": v[:, :, :35]}
@@ -164,7 +172,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("seqlen", [1, 5, 67, 201])
-def test_first_prompt_agrees(option, seqlen):
+def test_first_prompt_agrees(both, option, seqlen):
     attributes, options = OPTIONS[option]
     q, k, v = arrays(seqlen, seqlen)
     inputs = gqa_inputs(q, k, v, [seqlen] * 2, seqlen)
@@ -174,7 +182,7 @@ def test_first_prompt_agrees(option, seqlen):
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("room", [40, 60])
-def test_decoding_after_pasts_of_different_lengths_agrees(option, room):
+def test_decoding_after_pasts_of_different_lengths_agrees(both, option, room):
     attributes, options = OPTIONS[option]
     lengths = [40, 23]
     q, k, v = arrays(1, 40)
@@ -189,7 +197,7 @@ def test_decoding_after_pasts_of_different_lengths_agrees(option, room):
     assert_agree(*results, q, k, v, causal=True, kv_lengths=np.array(lengths), **options)
 
 
-def test_chunk_of_a_prompt_continues_its_past():
+def test_chunk_of_a_prompt_continues_its_past(both):
     q, k, v = arrays(5, 40, batch=1)
     past = {"past_key": k[:, :, :35], "past_value": v[:, :, :35]}
     inputs = gqa_inputs(q, k[:, :, 35:], v[:, :, 35:], [40], 40, **past)
@@ -197,7 +205,7 @@ def test_chunk_of_a_prompt_continues_its_past():
     assert_agree(*results, q, k, v, causal=True)
 
 
-def test_prompts_padded_at_their_end_agree_where_they_are_not():
+def test_prompts_padded_at_their_end_agree_where_they_are_not(both):
     lengths = [20, 13]
     q, k, v = arrays(20, 20)
     inputs = gqa_inputs(q, k, v, lengths, 20)
@@ -207,7 +215,7 @@ def test_prompts_padded_at_their_end_agree_where_they_are_not():
         assert_agree(*([y[0][row : row + 1, :length]] for y in results), *part, causal=True)
 
 
-def test_queries_keys_and_values_in_one_input_are_those_of_three():
+def test_queries_keys_and_values_in_one_input_are_those_of_three(both):
     q, k, v = arrays(13, 13)
     inputs = gqa_inputs(q, k, v, [13, 13], 13)
     one = inputs | {"query": packed(np.concatenate([q, k, v], axis=1)), "key": None, "value": None}
@@ -215,7 +223,7 @@ def test_queries_keys_and_values_in_one_input_are_those_of_three():
     assert_agree(*results, q, k, v, causal=True)
 
 
-def test_attention_bias_and_sinks_agree():
+def test_attention_bias_and_sinks_agree(both):
     q, k, v = arrays(13, 13)
     bias, sinks = random(1, HEADS, 13, 13, seed=5), random(HEADS, seed=6)
     inputs = gqa_inputs(q, k, v, [13, 13], 13, attention_bias=bias, head_sink=sinks)
@@ -225,7 +233,7 @@ def test_attention_bias_and_sinks_agree():
 
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize("places", ["prompt", "decode", "given"])
-def test_rotary_positions_are_those_of_onnxruntime(interleaved, places):
+def test_rotary_positions_are_those_of_onnxruntime(both, interleaved, places):
     seqlen, length = (13, 13) if places == "prompt" else (1, 40)
     q, k, v = arrays(seqlen, length)
     cos, sin = mha_fast.rotary_tables(64, WIDTH)
@@ -296,3 +304,67 @@ def test_dtypes_have_the_bits_of_the_function(dtype):
     inputs = gqa_inputs(q, k, v, [13, 13], 13)
     (y,) = run(contrib_model("GroupQueryAttention", inputs, PRESENT[:1], **ATTRIBUTES), inputs)
     assert_same(y, packed(mha_fast.attention(q, k, v, causal=True)))
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+def decoding(**more):
+    """Inputs of one more key after 39."""
+    q, k, v = arrays(1, 40)
+    past = {"past_key": k[:, :, :39], "past_value": v[:, :, :39]}
+    return gqa_inputs(q, k[:, :, 39:], v[:, :, 39:], [40, 40], 40, **past) | more
+
+
+def int32(*numbers):
+    return np.array(numbers, np.int32)
+
+
+TABLE = random(50, WIDTH // 2)
+ROTARY = {"cos_cache": TABLE, "sin_cache": TABLE}
+REFUSED = [
+    ({"seqlens_k": int32(39, -1)}, {}, "seqlens_k holds -1 to 39, expected 0 to 39"),
+    ({"seqlens_k": int32(39, 40)}, {}, "seqlens_k holds 39 to 40, expected 0 to 39"),
+    ({"seqlens_k": int32(39, 2**31 - 1)}, {}, "seqlens_k holds 39 to 2147483647, expected 0"),
+    ({"seqlens_k": int32(39)}, {}, "seqlens_k has 1 entries, expected 2"),
+    ({"total_sequence_length": int32(0)}, {}, "total_sequence_length is 0, expected at least 1"),
+    (
+        {"seqlens_k": int32(49, 49), "total_sequence_length": int32(50)},
+        {},
+        "past_key has 39 rows, expected at least 49",
+    ),
+    ({"past_key": random(2, 1, 39, WIDTH)}, {}, r"past_key has shape \(2, 1, 39, 16\), expected"),
+    ({"past_value": random(2, 2, 39)}, {}, r"past_value has shape \(2, 2, 39\), expected"),
+    ({"value": None}, {}, "value is missing"),
+    ({"key": random(2, 1, 33)}, {}, "kv_num_heads is 2, expected a divisor of key's 33"),
+    ({}, {"do_rotary": 1}, "cos_cache is missing"),
+    (
+        ROTARY | {"position_ids": np.array([[0], [50]])},
+        {"do_rotary": 1},
+        "positions are 0 to 50, expected 0 to 49",
+    ),
+    (
+        ROTARY | {"position_ids": np.array([[0], [-1]])},
+        {"do_rotary": 1},
+        "positions are -1 to 0, expected 0 to 49",
+    ),
+    ({x: TABLE[:39] for x in ROTARY}, {"do_rotary": 1}, "positions are 39 to 39, expected 0 to 38"),
+    (ROTARY | {"sin_cache": TABLE[:, :4]}, {"do_rotary": 1}, "cos_cache has 8 columns and sin_c"),
+    ({}, {"sliding_window_cache": 1}, "GroupQueryAttention has sliding_window_cache=1, expected 0"),
+    ({}, {"qk_output": 1}, "qk_output=1, expected 0; leave GroupQueryAttention out"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "attributes", "message"), REFUSED, ids=[x[2] for x in REFUSED])
+def test_hostile_and_unsupported_nodes_are_errors(inputs, attributes, message):
+    inputs = decoding(**inputs)
+    model = contrib_model("GroupQueryAttention", inputs, PRESENT, **ATTRIBUTES, **attributes)
+    with pytest.raises(Exception, match=message):
+        run(model, inputs)
+
+
+def test_other_operators_of_the_domain_stay_onnxruntimes():
+    x = random(2, 3, 8)
+    inputs = {"X": x, "bias": random(8)}
+    model = contrib_model("BiasGelu", inputs, ["output"])
+    assert_same(run(model, inputs)[0], run(model, inputs, ours=False)[0])
