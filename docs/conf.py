@@ -12,7 +12,7 @@ templates_path = ["_templates"]
 default_role = "py:obj"  # so `attention` in a docstring is a link
 nitpick_ignore_regex = [  # and `mask`, an argument, is none
     ("py:obj", r"\w+|nn\.\w+|\w+\(.*\)"),
-    ("py:.*", r"(numpy|onnx)\..*"),
+    ("py:.*", r"(numpy|onnx|onnxruntime)\..*"),
 ]
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
