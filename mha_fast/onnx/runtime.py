@@ -104,7 +104,7 @@ def register(options, operators=None):
     Notes
     -----
     An operator's errors, of wrong shapes for instance, come as onnxruntime's, when the session
-    runs. The GIL is needed for some ten microseconds a node, to look at its shapes and options;
+    runs. The GIL is needed for 10 to 40 microseconds a node, to look at its shapes and options;
     what takes time runs without it.
 
     Examples

@@ -225,11 +225,25 @@ def script_of(output_of):
     return lambda code: output_of(start + code)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
+def test_tiles_run_on_the_threads_of_the_session(script_of):
+    """Those of OpenMP are not even made; they are for a call of our own."""
+    output = script_of("""
+threads = lambda: len(os.listdir("/proc/self/task"))
+session = session_of(model, threads=3)
+made = threads()
+session.run(None, inputs)
+after = threads()
+mha_fast.attention(*inputs.values(), threads=3)
+print(after - made, threads() - made > 0)
+""")
+    assert output == "0 True"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_session_made_in_a_forked_child_works(script_of):
     """A session's own threads do not survive a fork, but nothing of ours hangs."""
-    assert (
-        script_of("""
+    output = script_of("""
 before = session_of(model).run(None, inputs)[0]
 child = os.fork()
 if not child:
@@ -237,25 +251,21 @@ if not child:
     os._exit(0 if np.array_equal(before, after) else 1)
 print(os.waitpid(child, 0)[1])
 """)
-        == "0"
-    )
+    assert output == "0"
 
 
 def test_session_may_live_until_the_interpreter_ends(script_of):
-    assert (
-        script_of("""
+    output = script_of("""
 import atexit
 session = session_of(model)
 session.run(None, inputs)
 atexit.register(lambda: print(session.run(None, inputs)[0].shape))
 """)
-        == "(2, 2, 700, 64)"
-    )
+    assert output == "(2, 2, 700, 64)"
 
 
 def test_ctrl_c_ends_a_loop_of_runs(script_of):
-    assert (
-        script_of("""
+    output = script_of("""
 import _thread
 session = session_of(model)
 threading.Timer(0.5, _thread.interrupt_main).start()
@@ -265,8 +275,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """)
-        == "interrupted"
-    )
+    assert output == "interrupted"
 
 
 def test_neither_onnx_nor_onnxruntime_is_loaded_before_it_is_used(output_of):

@@ -131,10 +131,11 @@ def test_key_padding_masks_hide_the_same_keys(both, kind):
 
 
 @pytest.mark.parametrize("causal", [0, 1])
-def test_past_keys_come_first_and_present_is_all_of_them(both, causal):
-    q, k, v = qkv(5, 40, 16)
-    new = mha_inputs(q, k[:, :, 35:], v[:, :, 35:])
-    past = {"past_key": k[:, :, :35], "past_value": v[:, :, :35]}
+@pytest.mark.parametrize("length", [0, 35])
+def test_past_keys_come_first_and_present_is_all_of_them(both, causal, length):
+    q, k, v = qkv(40 - length, 40, 16)
+    new = mha_inputs(q, k[:, :, length:], v[:, :, length:])
+    past = {"past_key": k[:, :, :length], "past_value": v[:, :, :length]}
     results = both("MultiHeadAttention", new | past, PRESENT, num_heads=2, unidirectional=causal)
     assert_agree(*results, q, k, v, causal=bool(causal))
     assert_same(results[0][1], k)
@@ -197,10 +198,11 @@ def test_decoding_after_pasts_of_different_lengths_agrees(both, option, room):
     assert_agree(*results, q, k, v, causal=True, kv_lengths=np.array(lengths), **options)
 
 
-def test_chunk_of_a_prompt_continues_its_past(both):
-    q, k, v = arrays(5, 40, batch=1)
-    past = {"past_key": k[:, :, :35], "past_value": v[:, :, :35]}
-    inputs = gqa_inputs(q, k[:, :, 35:], v[:, :, 35:], [40], 40, **past)
+@pytest.mark.parametrize("length", [0, 35])
+def test_chunk_of_a_prompt_continues_its_past(both, length):
+    q, k, v = arrays(40 - length, 40, batch=1)
+    past = {"past_key": k[:, :, :length], "past_value": v[:, :, :length]}
+    inputs = gqa_inputs(q, k[:, :, length:], v[:, :, length:], [40], 40, **past)
     results = both("GroupQueryAttention", inputs, PRESENT, **ATTRIBUTES)
     assert_agree(*results, q, k, v, causal=True)
 
