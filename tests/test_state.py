@@ -189,6 +189,19 @@ def test_memory_does_not_grow_with_keys():
     assert fed(unseen, k[..., : 2 * RUN, :], v[..., : 2 * RUN, :], (), first=RUN).nbytes == q.nbytes
 
 
+def test_a_window_that_begins_with_the_state_needs_no_records():
+    q, k, v = arrays(100)
+    options = {"window": (20, 0), "q_offset": RUN + 20}
+    state = fed(AttentionState(q, first_key=RUN, **options), k, v, (), first=RUN)
+    assert_bits_of_one_call(state, q, k, v, **options)
+    shifted = fed(AttentionState(q, first_key=RUN, **options | {"q_offset": RUN + 19}), k, v, (),
+                  first=RUN)  # fmt: skip
+    before = fed(AttentionState(q, **options | {"q_offset": RUN + 19}), k[..., :RUN, :],
+                 v[..., :RUN, :], ())  # fmt: skip
+    options = options | {"q_offset": RUN + 19}
+    assert_bits_of_one_call(before.merge(shifted), q, k, v, **options)
+
+
 def test_pieces_may_change_after_the_call():
     q, k, v = arrays(seqlen_k=50)
     expected = attention(q, k, v, q_offset=0)

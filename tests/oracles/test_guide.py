@@ -9,7 +9,7 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.mark.parametrize("library", ["torch", "transformers", "jax", "onnxruntime"])
+@pytest.mark.parametrize("library", ["torch", "transformers", "jax", "dask", "onnxruntime"])
 def test_page_for_those_who_come_from_another_library_is_right(library):
     pytest.importorskip(library)
     page = DOCS / f"from_{library}.rst"
