@@ -49,6 +49,7 @@
 #include "gradient.inc.h"
 #include "rotary.inc.h"
 #include "norm.inc.h"
+#include "packed.inc.h"
 #include "probe.inc.h"
 
 static const mha_kernel FN(queries_in_lanes) = {
@@ -87,5 +88,11 @@ static const mha_probe FN(probe) = {
     FN(exp2_array), FN(fma_chain), FN(read_all), FN(tanh_array), FN(threefry_words),
 };
 static const mha_kernels FN(kernels) = {
-    &FN(queries_in_lanes), &FN(keys_in_lanes), &FN(gradient), &FN(probe), FN(rotate), FN(norm),
+    &FN(queries_in_lanes),
+    &FN(keys_in_lanes),
+    &FN(gradient),
+    &FN(probe),
+    FN(rotate),
+    FN(norm),
+    FN(linear),
 };

@@ -59,6 +59,12 @@ enum {
     /* Rows per task of a norm, whose gradients of the weight are one chain: changing it changes
      * bits. */
     MHA_NORM_ROWS = 64,
+    /* Outputs in a panel of a packed weight, for any instruction set: 3 vectors of AVX-512, 6 of
+     * AVX2. Rows of a task, which stay in the cache while panels pass, and numbers of the width
+     * that many rows take of a panel at a time: 98 KB. */
+    MHA_PANEL = 48,
+    MHA_PANEL_ROWS = 128,
+    MHA_PANEL_DEPTH = 512,
 };
 
 #define MHA_OPEN PTRDIFF_MAX /* a window without an edge on that side */
@@ -200,6 +206,16 @@ typedef struct {
     void *d_x, *sums;              /* [rows][width]; [tasks][2][width], of d_weight and d_bias */
 } mha_norm;
 
+/* A linear layer with a packed weight: panels of MHA_PANEL outputs, [width][MHA_PANEL] each, the
+ * last one filled up with zeros. */
+typedef struct {
+    idx rows, width, outputs;
+    mha_array x, out; /* (rows, width), (rows, outputs) */
+    const char *panels;
+    int dtype;        /* of the panels: the compute dtype, or 16 bits */
+    const void *bias; /* in the compute dtype, or NULL */
+} mha_linear;
+
 /* Where a task's tile is: its rows, the keys that exist, the position of query 0, K and V. */
 typedef struct {
     idx batch, kv_head, first_row;
@@ -330,6 +346,7 @@ typedef struct {
     const mha_probe *probe;
     int (*rotate)(const mha_rotation *, idx task); /* 0: out of memory */
     int (*norm)(const mha_norm *, idx task);
+    int (*linear)(const mha_linear *, idx task); /* likewise */
 } mha_kernels;
 
 typedef struct {

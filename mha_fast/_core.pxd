@@ -16,6 +16,8 @@ cdef extern from "mha.h" nogil:
         MHA_MAX_TERMS
         MHA_KEY_BLOCK
         MHA_RUN
+        MHA_PANEL
+        MHA_PANEL_ROWS
         MHA_SHARE
         MHA_ROW_GROUP
         MHA_ROTARY_ROWS
@@ -146,6 +148,16 @@ cdef extern from "mha.h" nogil:
         void *d_x
         void *sums
 
+    ctypedef struct mha_linear:
+        idx rows
+        idx width
+        idx outputs
+        mha_array x
+        mha_array out
+        const char *panels
+        int dtype
+        const void *bias
+
     ctypedef struct mha_place:
         int rows
 
@@ -197,6 +209,7 @@ cdef extern from "mha.h" nogil:
         const mha_probe *probe
         int (*rotate)(const mha_rotation *, idx task) noexcept nogil
         int (*norm)(const mha_norm *, idx task) noexcept nogil
+        int (*linear)(const mha_linear *, idx task) noexcept nogil
 
     ctypedef struct mha_isa:
         const char *name
