@@ -16,6 +16,7 @@ from .merging import merge
 from .model.cache import KVCache
 from .model.layer import MultiHeadAttention
 from .model.norm import layer_norm, layer_norm_vjp
+from .model.packed import PackedWeight, pack
 from .model.projection import linear, linear_vjp
 from .model.rotary import rotary, rotary_tables
 from .plan import Plan, explain
@@ -45,6 +46,7 @@ __all__ = [
     "LinearGradients",
     "MultiHeadAttention",
     "NormGradients",
+    "PackedWeight",
     "Plan",
     "attention",
     "attention_stats",
@@ -58,6 +60,7 @@ __all__ = [
     "linear",
     "linear_vjp",
     "merge",
+    "pack",
     "reference",
     "rotary",
     "rotary_tables",

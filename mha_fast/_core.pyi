@@ -89,6 +89,16 @@ def pull_back_through(
 ) -> dict[str, NDArray[Any]]: ...
 def overlaps_itself(array: NDArray[Any]) -> bool: ...
 def overlap(a: NDArray[Any], b: NDArray[Any] | None) -> bool: ...
+
+PANEL: int
+
+def linear_packed(
+    x: NDArray[Any],
+    panels: NDArray[Any],
+    outputs: int,
+    bias: NDArray[Any] | None,
+    threads: int | None,
+) -> NDArray[Any]: ...
 def linear(
     x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, threads: int | None
 ) -> NDArray[Any]: ...

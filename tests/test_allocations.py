@@ -53,7 +53,7 @@ SETUP = """
 import ctypes, sys, threading
 import numpy as np, mha_fast
 from mha_fast import AttentionState, attention, attention_stats, attention_vjp
-from mha_fast import layer_norm_vjp, linear, rotary
+from mha_fast import layer_norm_vjp, linear, pack, rotary
 
 shim = ctypes.CDLL(LIBRARY)
 countdown = ctypes.c_long.in_dll(shim, "countdown")
@@ -79,6 +79,7 @@ CALLS = {
     "weights": lambda: attention(few, keys, keys, threads=2, return_weights=True),
     "state": lambda: AttentionState(few, threads=2).update(keys[:50_000], keys[:50_000]).result(),
     "linear": lambda: linear(x, weight, bias, threads=2),
+    "packed": lambda: linear(halves.reshape(-1, 512), pack(weight), bias, threads=2),
     "gradients": lambda: attention_vjp(many, many, many, threads=2)[1](many)[:3],
     "gradients of one head": lambda: attention_vjp(few, more, more, threads=3)[1](few)[:3],
     "statistics": lambda: attention_stats(many, many, many, threads=2)[:4],

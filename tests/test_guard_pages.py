@@ -28,6 +28,7 @@ from mha_fast import (
     attention_vjp,
     layer_norm,
     linear,
+    pack,
     rotary,
 )
 
@@ -118,6 +119,11 @@ def attention_cases(isa, dtype):
                 run_case(name, attention, moved, reach, **options, return_lse=True)
 
 
+def times_packed(x, panels, bias, outputs):
+    bias = np.require(bias, compute_dtype(x.dtype), ["C", "ALIGNED"])
+    return _core.linear_packed(x, panels, outputs, bias, None)
+
+
 def linear_cases(isa, dtype):
     draw = Random(0)
     layouts = [layout for layout in WRITEABLE if layout is not heads_after_sequence]
@@ -131,6 +137,8 @@ def linear_cases(isa, dtype):
                     "bias": draw.choice([np.copy, misaligned])(random(outputs, dtype=dtype)),
                 }
                 run_case(f"{layout.__name__} {rows} x {width} x {outputs}", linear, arrays)
+            arrays["panels"] = pack(arrays.pop("weight")).panels
+            run_case(f"packed {rows} x {width} x {outputs}", times_packed, arrays, outputs=outputs)
 
 
 def pulled(q, k, v, d_out, **options):

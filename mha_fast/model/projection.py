@@ -9,6 +9,7 @@ from .. import _core
 from ..arguments import compute_dtype, floats, stored, thread_count
 from ..results import LinearGradients
 from .layer_weights import PACKED, SEPARATE
+from .packed import PackedWeight
 
 # Rows of a layer whose part of the weight's gradient is one chain: longer ones round more, and
 # leave the cache.
@@ -27,8 +28,9 @@ def linear(x, weight, bias=None, *, threads=None):
     x : array_like, shape (..., width)
         float16, bfloat16 (`ml_dtypes`), float32 or float64. Copied where its leading axes cannot
         be one axis of a view.
-    weight : array_like, shape (outputs, width)
-        One row per output, as torch and safetensors files have it; any strides.
+    weight : array_like, shape (outputs, width), or PackedWeight
+        One row per output, as torch and safetensors files have it; any strides. What `pack` made of
+        it gives the same bits, faster for few rows.
     bias : array_like, shape (outputs,), optional
         Added in the compute dtype.
     threads : int, optional
@@ -60,7 +62,14 @@ def linear(x, weight, bias=None, *, threads=None):
     """
     x, weight, bias, threads = plain_linear(x, weight, bias, threads)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _core.linear(rows, weight, bias, threads).reshape(*x.shape[:-1], len(weight))
+    if isinstance(weight, PackedWeight):
+        panels, real = weight.panels, compute_dtype(x, weight)
+        if panels.dtype == np.float32 != real:
+            panels = panels.astype(real)
+        out = _core.linear_packed(rows, panels, len(weight), bias, threads)
+    else:
+        out = _core.linear(rows, weight, bias, threads)
+    return out.reshape(*x.shape[:-1], len(weight))
 
 
 def linear_vjp(x, weight, bias=None, *, threads=None):
@@ -96,6 +105,8 @@ def linear_vjp(x, weight, bias=None, *, threads=None):
     >>> pullback([[1.0]])
     LinearGradients(x=array([[3., 4.]]), weight=array([[1., 2.]]), bias=None)
     """
+    if isinstance(weight, PackedWeight):
+        raise TypeError("weight is packed, expected an array: a packed one has no gradient")
     bias = None if bias is None else floats("bias", bias, ("outputs",))
     x, weight, plain_bias, threads = plain_linear(x, weight, bias, threads)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -166,7 +177,8 @@ def with_extra_keys(layer, x, name):
 def plain_linear(x, weight, bias, threads):
     """The arguments of `linear`, checked; bias dense and aligned, in the compute dtype."""
     x = floats("x", x, ("width",))
-    weight = floats("weight", weight, ("outputs", "width"))
+    if not isinstance(weight, PackedWeight):
+        weight = floats("weight", weight, ("outputs", "width"))
     if weight.ndim > 2:
         raise ValueError(f"weight has shape {weight.shape}, expected (outputs, width)")
     if weight.shape[1] != x.shape[-1]:
