@@ -1,6 +1,6 @@
 """What other programs gain by our kernel: each door against what they use without it.
 
-    python benchmarks/doors.py onnxruntime
+    python benchmarks/doors.py onnxruntime torch transformers dask
 
 A row is best (median) in ms of runs in turn, `ROUNDS` of each side. Both sides have `THREADS`
 threads; between them all threads have time to go to sleep.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 import machine
 import numpy as np
@@ -77,10 +78,129 @@ def attention_model(tokens, causal):
     return helper.make_model(graph, opset_imports=[opset], ir_version=11)
 
 
-def compare(title, sides):
+def torch():
+    """Calls of scaled_dot_product_attention, alone and with the way back."""
+    import torch as library
+
+    from mha_fast.torch import scaled_dot_product_attention
+
+    theirs = library.nn.functional.scaled_dot_product_attention
+    functions = {"theirs": theirs, "ours": scaled_dot_product_attention}
+    library.set_num_threads(THREADS)
+    for title, batch, heads, kv_heads, rows, keys, dtype in (
+        ("1 x 12 x 16", 1, 12, 12, 16, 16, "float32"),
+        ("8 x 12 x 128", 8, 12, 12, 128, 128, "float32"),
+        ("1 x 12 x 1,024", 1, 12, 12, 1024, 1024, "float32"),
+        ("1 x 32 / 8 x 2,048", 1, 32, 8, 2048, 2048, "float32"),
+        ("1 x 32 / 8, a row over 1,024, bfloat16", 1, 32, 8, 1, 1024, "bfloat16"),
+    ):
+        shapes = (batch, heads, rows, 64), (batch, kv_heads, keys, 64), (batch, kv_heads, keys, 64)
+        tensors = [library.randn(shape).to(getattr(library, dtype)) for shape in shapes]
+        options = {"is_causal": rows > 512, "enable_gqa": heads != kv_heads}
+        for grad in (False, True) if rows > 1 else (False,):
+            leaves = [x.clone().requires_grad_(grad) for x in tensors]
+            sides = {
+                name: partial(call_of_torch, f, leaves, options) for name, f in functions.items()
+            }
+            compare(f"torch, {title}{', with gradients' * grad}", sides)
+
+
+def call_of_torch(function, leaves, options):
+    out = function(*leaves, **options)
+    if out.requires_grad:
+        out.sum().backward()
+    return out
+
+
+def transformers():
+    """Models with random weights: a Llama of 10 layers, a BERT base of 12."""
+    import torch as library
+    import transformers as library_of_models
+
+    import mha_fast.transformers
+
+    mha_fast.transformers.register()
+    library.set_num_threads(THREADS)
+    library.set_grad_enabled(False)
+    config = library_of_models.LlamaConfig(
+        num_hidden_layers=10, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=1000, max_position_embeddings=8192,
+    )  # fmt: skip
+    llama = library_of_models.AutoModel.from_config(config).eval()
+    for tokens, batch in ((128, 1), (512, 1), (2048, 2), (4096, 2)):
+        ids, mask = padded_batch(library, batch, tokens)
+        run = partial(llama, ids, attention_mask=mask, use_cache=False)
+        compare_attention(f"Llama, {batch} x {tokens} tokens{', padded' * (batch > 1)}", llama, run)
+    for name, cache in (
+        ("its own cache", library_of_models.DynamicCache),
+        ("a growing cache", mha_fast.transformers.cache),
+    ):
+        decode = partial(next_token, library, llama, [library_of_models.DynamicCache, cache])
+        compare_attention(f"Llama, a token after 4,096, {name}", llama, decode)
+    bert = library_of_models.AutoModel.from_config(library_of_models.BertConfig()).eval()
+    ids, mask = padded_batch(library, 8, 512)
+    run = partial(bert, ids, attention_mask=mask.flip(1))
+    compare_attention("BERT, 8 x 512 tokens, padded", bert, run)
+
+
+def padded_batch(library, batch, tokens):
+    """Token ids, and a mask that hides a quarter of the first text where there are more."""
+    mask = library.ones(batch, tokens, dtype=library.int64)
+    mask[0, : tokens // 4 * (batch > 1)] = 0
+    return library.randint(1000, (batch, tokens)), mask
+
+
+def next_token(library, model, kinds, caches={}):  # noqa: B006  (kept from call to call)
+    """One token after 4,096: sdpa with the first kind of cache, ours with the second."""
+    name = model.config._attn_implementation
+    cache = caches.get((name, kinds[1]))
+    if cache is None:
+        cache = caches[name, kinds[1]] = kinds[name != "sdpa"](config=model.config)
+        model(library.randint(1000, (1, 4096)), cache=cache)
+    model(library.ones(1, 1, dtype=library.int64), cache=cache)
+    cache.crop(-1)
+
+
+def compare_attention(title, model, run):
+    """With sdpa, and with ours."""
+
+    def with_attention(name):
+        model.set_attn_implementation(name)
+        run()
+
+    compare(title, {x: partial(with_attention, x) for x in ("sdpa", "mha_fast")})
+
+
+def dask():
+    """Two workers of a thread each, against one call on all cores."""
+    import dask.array as da
+    from distributed import Client, LocalCluster
+
+    import mha_fast.dask
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        for tokens, q_chunk, k_chunk in ((16_384, 4096, 6144), (65_536, 8192, 12_288)):
+            drawn = da.random.default_rng(0).standard_normal
+            lazy = [
+                client.persist(drawn((8, tokens, 64), chunks=(8, n, 64)).astype("f4"))
+                for n in (q_chunk, k_chunk, k_chunk)
+            ]
+            whole = [x.compute() for x in lazy]
+            out = mha_fast.dask.attention(*lazy, causal=True)
+            sides = {
+                "one process": partial(mha_fast.attention, *whole, causal=True),
+                "two workers": out.compute,
+            }
+            compare(f"dask, 8 x {tokens:,} tokens, causal", sides, rounds=3)
+
+
+def compare(title, sides, rounds=ROUNDS):
     """Print best (median) of each side, and the ratio of the best and of the medians."""
     times = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in sides.items():
             time.sleep(PAUSE)
             run()
@@ -103,7 +223,7 @@ def timed(run):
     return seconds
 
 
-DOORS = {"onnxruntime": onnxruntime}
+DOORS = {f.__name__: f for f in (onnxruntime, torch, transformers, dask)}
 
 if __name__ == "__main__":
     print(f"{machine.cpu_name()}, {THREADS} threads")
