@@ -12,8 +12,9 @@ templates_path = ["_templates"]
 default_role = "py:obj"  # so `attention` in a docstring is a link
 nitpick_ignore_regex = [  # and `mask`, an argument, is none
     ("py:obj", r"\w+|nn\.\w+|\w+\(.*\)"),
-    ("py:.*", r"(numpy|onnx|onnxruntime)\..*"),
+    ("py:.*", r"(numpy|onnx|onnxruntime|transformers)\..*"),
 ]
+autodoc_mock_imports = ["torch", "transformers"]  # too heavy to build the guide
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False

@@ -33,9 +33,9 @@ ALSO = {
         "mha_fast/model/cache.py",
         "mha_fast/model/cache_file.py",
         "mha_fast/torch.py",
-        "mha_fast/transformers.py",
         "mha_fast/state.py",
         "mha_fast/dask.py",
+        "mha_fast/transformers/mask.py",
     },
     "bias": {
         "csrc/tile.c",
@@ -46,7 +46,7 @@ ALSO = {
         "mha_fast/autograd.py",
         "mha_fast/jax.py",
         "mha_fast/torch.py",
-        "mha_fast/transformers.py",
+        "mha_fast/transformers/attend.py",
         "mha_fast/onnx/microsoft.py",
     },
 }
