@@ -1,6 +1,6 @@
 """What other programs gain by our kernel: each door against what they use without it.
 
-    python benchmarks/doors.py onnxruntime torch transformers dask
+    python benchmarks/doors.py onnxruntime torch dask
 
 A row is best (median) in ms of runs in turn, `ROUNDS` of each side. Both sides have `THREADS`
 threads; between them all threads have time to go to sleep.
@@ -112,65 +112,6 @@ def call_of_torch(function, leaves, options):
     return out
 
 
-def transformers():
-    """Models with random weights: a Llama of 10 layers, a BERT base of 12."""
-    import torch as library
-    import transformers as library_of_models
-
-    import mha_fast.transformers
-
-    mha_fast.transformers.register()
-    library.set_num_threads(THREADS)
-    library.set_grad_enabled(False)
-    config = library_of_models.LlamaConfig(
-        num_hidden_layers=10, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=1000, max_position_embeddings=8192,
-    )  # fmt: skip
-    llama = library_of_models.AutoModel.from_config(config).eval()
-    for tokens, batch in ((128, 1), (512, 1), (2048, 2), (4096, 2)):
-        ids, mask = padded_batch(library, batch, tokens)
-        run = partial(llama, ids, attention_mask=mask, use_cache=False)
-        compare_attention(f"Llama, {batch} x {tokens} tokens{', padded' * (batch > 1)}", llama, run)
-    for name, cache in (
-        ("its own cache", library_of_models.DynamicCache),
-        ("a growing cache", mha_fast.transformers.cache),
-    ):
-        decode = partial(next_token, library, llama, [library_of_models.DynamicCache, cache])
-        compare_attention(f"Llama, a token after 4,096, {name}", llama, decode)
-    bert = library_of_models.AutoModel.from_config(library_of_models.BertConfig()).eval()
-    ids, mask = padded_batch(library, 8, 512)
-    run = partial(bert, ids, attention_mask=mask.flip(1))
-    compare_attention("BERT, 8 x 512 tokens, padded", bert, run)
-
-
-def padded_batch(library, batch, tokens):
-    """Token ids, and a mask that hides a quarter of the first text where there are more."""
-    mask = library.ones(batch, tokens, dtype=library.int64)
-    mask[0, : tokens // 4 * (batch > 1)] = 0
-    return library.randint(1000, (batch, tokens)), mask
-
-
-def next_token(library, model, kinds, caches={}):  # noqa: B006  (kept from call to call)
-    """One token after 4,096: sdpa with the first kind of cache, ours with the second."""
-    name = model.config._attn_implementation
-    cache = caches.get((name, kinds[1]))
-    if cache is None:
-        cache = caches[name, kinds[1]] = kinds[name != "sdpa"](config=model.config)
-        model(library.randint(1000, (1, 4096)), cache=cache)
-    model(library.ones(1, 1, dtype=library.int64), cache=cache)
-    cache.crop(-1)
-
-
-def compare_attention(title, model, run):
-    """With sdpa, and with ours."""
-
-    def with_attention(name):
-        model.set_attn_implementation(name)
-        run()
-
-    compare(title, {x: partial(with_attention, x) for x in ("sdpa", "mha_fast")})
-
-
 def dask():
     """Two workers of a thread each, against one call on all cores."""
     import dask.array as da
@@ -223,7 +164,7 @@ def timed(run):
     return seconds
 
 
-DOORS = {f.__name__: f for f in (onnxruntime, torch, transformers, dask)}
+DOORS = {f.__name__: f for f in (onnxruntime, torch, dask)}
 
 if __name__ == "__main__":
     print(f"{machine.cpu_name()}, {THREADS} threads")
