@@ -21,6 +21,7 @@ from .results import named_result
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Tensors among the arguments: those with a gradient, then numbers, one or one a batch row.
 DIFFERENTIABLE = ("q", "k", "v", "mask", "bias", "sinks", "alibi_slopes")
 NUMBERS = ("q_offset", "kv_lengths", "seed")
@@ -85,15 +86,14 @@ def scaled_dot_product_attention(
     if len({x.dtype for x in tensors.values()}) > 1:
         found = ", ".join(str(x.dtype) for x in tensors.values())
         raise TypeError(f"query, key and value have dtypes {found}, expected one")
-    if not enable_gqa:
-        batch = torch.broadcast_shapes(*(x.shape[:-2] for x in tensors.values()))
-        query, key, value = (
-            x if x.shape[:-2] == batch else x.expand(*batch, *x.shape[-2:])
-            for x in tensors.values()
-        )
+    batches = [x.shape[:-2] for x in tensors.values()]
+    if not enable_gqa and not batches[0] == batches[1] == batches[2]:
+        batch = torch.broadcast_shapes(*batches)
+        query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in tensors.values())
     seed = torch.randint(2**62, ()) if dropout_p else None
+    q_offset = 0 if query.shape[-2] != key.shape[-2] else None  # one tensor less to make
     return attention(
-        query, key, value, attn_mask, causal=is_causal, q_offset=0, scale=scale,
+        query, key, value, attn_mask, causal=is_causal, q_offset=q_offset, scale=scale,
         dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def attention(q, k, v, mask=None, *, return_lse=False, return_weights=False, **o
     if (window := given.get("window")) is not None:
         given["window"] = [-1 if side is None else side for side in window]
     arguments = map((DEFAULTS | given | numbers).get, (*TENSORS, *VALUES))
-    run = _Attention.apply if keeps else torch.ops.mha_fast.attend.default
+    run = _Attention.apply if keeps else _opaque.attend.default
     out, lse, _, weights = run(*arguments, keeps, return_weights)
     dtype = _result_dtype(q, k, v)
     out = out if out.dtype == dtype else out.to(dtype)
@@ -165,9 +165,9 @@ def _check(tensors):
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor")
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise TypeError(f"{name} is on {x.device}, expected the CPU: {name}.cpu()")
-        if x.layout != torch.strided or x.is_nested or x.is_quantized:
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
             kind = "nested" if x.is_nested else "quantised" if x.is_quantized else x.layout
             raise TypeError(f"{name} is {kind}, expected a dense tensor")
 
@@ -186,15 +186,14 @@ def _compute_dtype(*tensors):
 
 def array_of(x):
     """A view of a tensor as an array; of bfloat16 by way of the integers in its memory."""
-    x = x.detach().resolve_neg()
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return x.numpy()
+    if x.dtype is torch.bfloat16:
+        return x.detach().view(torch.int16).numpy().view(BFLOAT16)
+    return x.numpy(force=True)  # detached, its sign resolved
 
 
 def tensor_of(x):
     """The way back."""
-    if x.dtype == ml_dtypes.bfloat16:
+    if x.dtype == BFLOAT16:
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
 
@@ -269,7 +268,7 @@ def _gradient_shapes(*arguments):
     return [x.new_empty(x.shape) for x, wanted in pairs if wanted]
 
 
-_library = torch.library.Library("mha_fast", "DEF")
+_opaque, _library = torch.ops.mha_fast, torch.library.Library("mha_fast", "DEF")
 _library.define(
     f"attend({ARGUMENTS}, bool keeps, bool return_weights) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -290,7 +289,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        found = torch.ops.mha_fast.attend.default(*arguments)
+        found = (_opaque.attend.default if torch.compiler.is_compiling() else _attend)(*arguments)
         out, lse, sums, weights = found
         *arguments, _, _ = arguments
         ctx.set_materialize_grads(False)
@@ -305,8 +304,7 @@ class _Attention(torch.autograd.Function):
         *tensors, out, lse, sums = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        found = torch.ops.mha_fast.pull_back.default(
-            *tensors, *ctx.values, out, lse, sums, d_out, d_lse, wanted
-        )
+        run = _opaque.pull_back.default if torch.compiler.is_compiling() else _pull_back
+        found = run(*tensors, *ctx.values, out, lse, sums, d_out, d_lse, wanted)
         found, others = iter(found), len(ctx.needs_input_grad) - len(wanted)
         return (*(next(found) if x else None for x in wanted), *[None] * others)
