@@ -196,11 +196,15 @@ typedef struct {
     int interleaved; /* neighbours are pairs, else halves */
 } mha_rotation;
 
-/* Layer norm of dense rows in the compute dtype, or with d_out its way back. */
+/* Layer norm of dense rows in the compute dtype, or RMS norm, or with d_out the way back of the
+ * first. */
 typedef struct {
     idx rows, width;
     double eps;
+    int centred;                   /* rows have their mean taken off */
     const void *x, *weight, *bias; /* bias may be NULL */
+    const void *residual;          /* to be added to x before, or NULL */
+    void *summed;                  /* then what this gives */
     void *out, *stats;             /* [rows][width]; [rows][2]: mean, 1 / spread */
     const void *d_out;             /* [rows][width] */
     void *d_x, *sums;              /* [rows][width]; [tasks][2][width], of d_weight and d_bias */

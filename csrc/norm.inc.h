@@ -1,12 +1,20 @@
-/* Layer norm of rows, and its way back. Sums over a row are those of FN(dot), so that no vector
- * width enters; rows are of the compute dtype, dense. */
+/* Layer norm and RMS norm of rows, and the way back of the first. Sums over a row are those of
+ * FN(dot), so that no vector width enters; rows are of the compute dtype, dense. */
 
-/* out = (x - mean) / spread * weight + bias; mean and 1 / spread are kept for the way back. */
+/* out = (x - mean) / spread * weight + bias; mean, which RMS norm takes for 0, and 1 / spread are
+ * kept for the way back. */
 static void FN(norm_row)(const mha_norm *p, idx row)
 {
     const REAL *x = (const REAL *)p->x + row * p->width, *weight = p->weight, *bias = p->bias;
     REAL *out = (REAL *)p->out + row * p->width, *stats = (REAL *)p->stats + row * 2;
-    const REAL mean = (REAL)(FN(sum)(x, p->width) / (double)p->width);
+    if (p->residual) {
+        const REAL *residual = (const REAL *)p->residual + row * p->width;
+        REAL *summed = (REAL *)p->summed + row * p->width;
+        for (idx c = 0; c < p->width; c++)
+            summed[c] = x[c] + residual[c];
+        x = summed;
+    }
+    const REAL mean = p->centred ? (REAL)(FN(sum)(x, p->width) / (double)p->width) : 0;
     for (idx c = 0; c < p->width; c++)
         out[c] = x[c] - mean;
     const double variance = FN(dot)(out, out, p->width) / (double)p->width;

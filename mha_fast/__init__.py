@@ -15,7 +15,7 @@ from .gradients import attention_vjp
 from .merging import merge
 from .model.cache import KVCache
 from .model.layer import MultiHeadAttention
-from .model.norm import layer_norm, layer_norm_vjp
+from .model.norm import layer_norm, layer_norm_vjp, rms_norm
 from .model.packed import PackedWeight, pack
 from .model.projection import linear, linear_vjp
 from .model.rotary import rotary, rotary_tables
@@ -29,6 +29,7 @@ from .results import (
     LayerGradients,
     LinearGradients,
     NormGradients,
+    NormResult,
 )
 from .state import AttentionState
 from .stats import attention_stats
@@ -46,6 +47,7 @@ __all__ = [
     "LinearGradients",
     "MultiHeadAttention",
     "NormGradients",
+    "NormResult",
     "PackedWeight",
     "Plan",
     "attention",
@@ -62,6 +64,7 @@ __all__ = [
     "merge",
     "pack",
     "reference",
+    "rms_norm",
     "rotary",
     "rotary_tables",
     "set_num_threads",

@@ -139,9 +139,12 @@ cdef extern from "mha.h" nogil:
         idx rows
         idx width
         double eps
+        bint centred
         const void *x
         const void *weight
         const void *bias
+        const void *residual
+        void *summed
         void *out
         void *stats
         const void *d_out

@@ -113,11 +113,13 @@ def rotate(
 ) -> None: ...
 def norm_rows(
     x: NDArray[Any],
+    residual: NDArray[Any] | None,
     weight: NDArray[Any],
     bias: NDArray[Any] | None,
     eps: float,
+    centred: bool,
     threads: int | None,
-) -> tuple[NDArray[Any], NDArray[Any]]: ...
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
 def pull_back_norm(
     x: NDArray[Any],
     weight: NDArray[Any],

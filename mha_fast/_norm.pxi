@@ -1,4 +1,4 @@
-"""Layer norm, shared out among the team; included by _core.pyx."""
+"""Layer norm and RMS norm, shared out among the team; included by _core.pyx."""
 
 
 cdef struct norm_call:
@@ -11,17 +11,21 @@ cdef bint norm_task(void *subject, idx task) noexcept nogil:
     return call.kernels.norm(&call.norm, task)
 
 
-def norm_rows(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps, object threads):
-    """Of dense x (rows, width) and (width,) arrays of its compute dtype: out, and what the way back
-    needs of each row."""
+def norm_rows(cnp.ndarray x, cnp.ndarray residual, cnp.ndarray weight, cnp.ndarray bias, double eps,
+              bint centred, object threads):
+    """Of dense x and residual (or None), (rows, width), and (width,) arrays of the compute dtype:
+    out, x + residual (or x), and what the way back needs of each row."""
     cdef norm_call call
     memset(&call, 0, sizeof(call))
     out, stats = np.empty_like(x), np.empty((x.shape[0], 2), x.dtype)
+    summed = x if residual is None else np.empty_like(x)
     call.norm.bias = NULL if bias is None else cnp.PyArray_DATA(bias)
-    call.norm.eps = eps
+    call.norm.residual = NULL if residual is None else cnp.PyArray_DATA(residual)
+    call.norm.summed = data_of(summed)
+    call.norm.eps, call.norm.centred = eps, centred
     call.norm.out, call.norm.stats = data_of(out), data_of(stats)
     norm_all(&call, x, weight, threads or 0)
-    return out, stats
+    return out, summed, stats
 
 
 def pull_back_norm(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray stats, cnp.ndarray d_out,

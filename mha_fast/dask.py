@@ -2,10 +2,10 @@
 
 >>> import dask.array as da
 >>> import mha_fast.dask
->>> q = da.ones((8, 20_000, 64), chunks=(4, 5_000, 64), dtype="float32")
+>>> q = da.ones((8, 12_288, 64), chunks=(4, 6_144, 64), dtype="float32")
 >>> out = mha_fast.dask.attention(q, q, q, causal=True)
 >>> out.chunks
-((4, 4), (5000, 5000, 5000, 5000), (64,))
+((4, 4), (6144, 6144), (64,))
 
 It needs ``pip install "mha_fast[dask]"``; ``import mha_fast`` does not load it.
 """

@@ -94,6 +94,13 @@ class LinearGradients(NamedTuple):
     bias: np.ndarray | None
 
 
+class NormResult(NamedTuple):
+    """A norm, and the sum that it is of."""
+
+    out: np.ndarray
+    sum: np.ndarray
+
+
 class NormGradients(NamedTuple):
     """Gradients of a layer norm's arguments; each has its argument's shape and dtype."""
 

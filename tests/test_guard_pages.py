@@ -29,6 +29,7 @@ from mha_fast import (
     layer_norm,
     linear,
     pack,
+    rms_norm,
     rotary,
 )
 
@@ -184,8 +185,13 @@ def backward_cases(isa, dtype):
             run_case(name, carried_on, arrays | state)
 
 
+def norm_of_sum(x, residual, weight):
+    """A norm, and its sum, in a row."""
+    return np.concatenate(rms_norm(x, weight, residual=residual))
+
+
 def row_cases(isa, dtype):
-    """Rotary and layer norm: functions of rows."""
+    """Rotary and norms: functions of rows."""
     draw = Random(0)
     for width in DIMS:
         rows, pairs = draw.choice([1, 5, 63, 64, 65, 130]), draw.randint(0, width // 2)
@@ -197,6 +203,7 @@ def row_cases(isa, dtype):
                 run_case(name, rotary, {"x": x} | tables, interleaved=interleaved)
         weight, bias = random(width, dtype=dtype), random(width, dtype=dtype, seed=1)
         run_case(name, layer_norm, {"x": x, "weight": weight, "bias": bias})
+        run_case(name, norm_of_sum, {"x": x, "residual": x.copy(), "weight": weight})
 
 
 # ---- In the test's process -----------------------------------------------------------------------
