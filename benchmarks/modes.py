@@ -11,6 +11,7 @@ from types import ModuleType
 import backward
 import layer
 import linear
+import packed
 import pairs
 import report
 import scaling
@@ -83,6 +84,8 @@ MODES = {
              backward.backward_cases, backward, table=backward.table),
         Mode("linear", "Products of the layer", "the layer's products alone",
              linear.linear_sizes, linear),
+        Mode("packed", "Few rows of a packed weight", "few rows times a packed weight",
+             packed.packed_sizes, packed),
         Mode("layer", "The layer", "projections, attention, output projection",
              layer.layer_sizes, layer),
         Mode("pairs", "A product and attention in turn", "a product and attention in turn",

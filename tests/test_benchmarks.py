@@ -10,6 +10,7 @@ import layer
 import linear
 import modes
 import numpy as np
+import packed
 import pairs
 import pytest
 import report
@@ -24,6 +25,7 @@ SMALL = {  # one of each mode, small enough for a test
     "table": ("tiny_h1_s16", "decode_transposed"),
     "backward": ("backward_paper512_s64",),
     "linear": ("linear_d512_out_r64",),
+    "packed": ("packed_float32_r1",),
     "layer": ("layer_d512_b1_s64",),
     "pairs": ("pair_s16",),
     "scaling": ("bert_b8_s128",),
@@ -38,6 +40,7 @@ KINDS = {
     "backward": (Backward("b", 2, 4, 2, 5, 7, 8, options=("alibi", "sinks")), backward),
     "causal backward": (Backward("b", 1, 4, 2, 5, 7, 8, causal=True), backward),
     "linear": (linear.Linear("l", 3, 8, 5), linear),
+    "packed": (packed.Packed("p", 3, 8, 5), packed),
     "layer": (layer.Layer("l", 2, 5, 8, 2), layer),
     "causal layer": (layer.Layer("l", 2, 5, 8, 2, causal=True), layer),
 }
