@@ -1,5 +1,7 @@
 """Gradients of attention: the result, and a function from its cotangents to those of arguments."""
 
+from collections.abc import Collection
+
 import numpy as np
 
 from ._core import ask, attend_for_gradients, pull_back_through
@@ -88,6 +90,8 @@ def attention_vjp(
 def _names(wrt):
     """`wrt` as a set of fields of AttentionGradients."""
     known = AttentionGradients._fields
+    if not isinstance(wrt, Collection):
+        raise TypeError(f"wrt is {wrt!r}, expected names among {', '.join(known)}")
     wrt = {wrt} if isinstance(wrt, str) else set(wrt)
     if unknown := sorted(map(repr, wrt.difference(known))):
         raise ValueError(f"wrt has {', '.join(unknown)}, expected names among {', '.join(known)}")

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from ._core import ask, attend_for_gradients
+from ._core import FARTHEST, ask, attend_for_gradients
 from .attention import attention as attend
 from .gradients import gradients_of
 from .options import checked
@@ -22,6 +22,7 @@ from .results import named_result
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+OPEN = FARTHEST + 1  # a side of a window without an end: a schema has no lists with None in them
 # Tensors among the arguments: those with a gradient, then numbers, one or one a batch row.
 DIFFERENTIABLE = ("q", "k", "v", "mask", "bias", "sinks", "alibi_slopes")
 NUMBERS = ("q_offset", "kv_lengths", "seed")
@@ -148,8 +149,8 @@ def attention(q, k, v, mask=None, *, return_lse=False, return_weights=False, **o
             return tensor_of(result)
         return result._replace(**{n: tensor_of(x) for n, x in result._asdict().items()})
     numbers = {name: torch.as_tensor(tensors[name]) for name in NUMBERS if name in tensors}
-    if (window := given.get("window")) is not None:
-        given["window"] = [-1 if side is None else side for side in window]
+    if isinstance(window := given.get("window"), (tuple, list)):
+        given["window"] = [OPEN if side is None else side for side in window]
     arguments = map((DEFAULTS | given | numbers).get, (*TENSORS, *VALUES))
     run = _Attention.apply if keeps else _opaque.attend.default
     out, lse, _, weights = run(*arguments, keeps, return_weights)
@@ -208,10 +209,7 @@ def _plain(name, x):
 def _options_of(arguments):
     """Arguments of an operator as those of `mha_fast.attention`."""
     given = dict(zip((*TENSORS, *VALUES), arguments, strict=True))
-    given = {name: _plain(name, x) for name, x in given.items() if x is not None}
-    if "window" in given:  # a schema has no lists with None in them
-        given["window"] = tuple(None if side < 0 else side for side in given["window"])
-    return given
+    return {name: _plain(name, x) for name, x in given.items() if x is not None}
 
 
 def _question(arguments):

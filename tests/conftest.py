@@ -48,6 +48,23 @@ def option(request):
 
 
 @pytest.fixture
+def spied(monkeypatch):
+    """A function of where a module has `attention`: the options of each call that it makes."""
+
+    def spy_on(target):
+        seen = []
+
+        def spy(*arrays, **options):
+            seen.append(options)
+            return mha_fast.attention(*arrays, **options)
+
+        monkeypatch.setattr(target, spy)
+        return seen
+
+    return spy_on
+
+
+@pytest.fixture
 def restored_threads():
     """Leave the number of threads as it was found."""
     yield

@@ -301,6 +301,11 @@ def test_unknown_names_of_gradients_are_refused(wrt):
         attention_vjp(*arrays(), wrt=wrt)
 
 
+def test_what_is_no_collection_of_names_is_refused():
+    with pytest.raises(TypeError, match="wrt is 5, expected names among q, k, v"):
+        attention_vjp(*arrays(), wrt=5)
+
+
 def test_memory_does_not_grow_with_queries_times_keys(output_of):
     script = """
 import numpy as np, mha_fast

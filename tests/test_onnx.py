@@ -22,16 +22,9 @@ CASES = {"attention": 93, "rotary_embedding": 8, "tensorscatter": 3}  # of onnx 
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(spied):
     """The options of each call of attention by the operator."""
-    seen = []
-
-    def spy(*arrays, **options):
-        seen.append(options)
-        return mha_fast.attention(*arrays, **options)
-
-    monkeypatch.setattr("mha_fast.onnx.node.attention", spy)
-    return seen
+    return spied("mha_fast.onnx.node.attention")
 
 
 # ---- ONNX's own cases ----------------------------------------------------------------------------

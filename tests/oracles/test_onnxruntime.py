@@ -25,16 +25,9 @@ CASES = 93  # of onnx 1.23.2
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(spied):
     """The options of each call of attention by a session."""
-    seen = []
-
-    def spy(*arrays, **options):
-        seen.append(options)
-        return mha_fast.attention(*arrays, **options)
-
-    monkeypatch.setattr("mha_fast.onnx.node.attention", spy)
-    return seen
+    return spied("mha_fast.onnx.node.attention")
 
 
 def attention_model(inputs, outputs=("Y",), opset=25, **attributes):

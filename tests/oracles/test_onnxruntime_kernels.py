@@ -32,16 +32,9 @@ def by_heads(y, heads):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(spied):
     """The options of each call of the kernel by a session."""
-    seen = []
-
-    def spy(*arrays, **options):
-        seen.append(options)
-        return mha_fast.attention(*arrays, **options)
-
-    monkeypatch.setattr("mha_fast.onnx.microsoft.attention", spy)
-    return seen
+    return spied("mha_fast.onnx.microsoft.attention")
 
 
 @pytest.fixture

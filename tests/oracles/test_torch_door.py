@@ -285,6 +285,18 @@ def test_arguments_that_do_not_fit_are_refused():
         attention(q.requires_grad_(), k[..., :7], v)
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_windows_are_checked_with_gradients_and_without(needs_grad):
+    q, k, v = [x.requires_grad_(needs_grad) for x in leaves(three())]
+    for window, error, message in (
+        ((-1, 0), ValueError, r"window is .*, expected sides of at least 0"),
+        (3, TypeError, r"window is 3, expected a tuple \(left, right\)"),
+        ((1, 2, 3), ValueError, "window has 3 entries"),
+    ):
+        with pytest.raises(error, match=message):
+            attention(q, k, v, window=window)
+
+
 def test_a_second_gradient_is_refused():
     q, k, v = leaves(three())
     loss = attention(q, k, v).square().sum()
